@@ -1,0 +1,553 @@
+"""Real data sets -> the one row format that urpo.py trains on.
+
+    python data_prep.py --out data/                            the default 7B mix, from the Hugging Face Hub
+    python data_prep.py --out data/small sums:2000 my.jsonl openai/gsm8k@main:500 --exclude test.jsonl
+    python data_prep.py --out data/prompts pairs.parquet --as open            keep the prompts only
+    python data_prep.py --check data/train.jsonl                              list every bad row of a file
+
+A source is FILE_OR_NAME[@CONFIG][#SPLIT][:LIMIT], as in openai/gsm8k@main#test:200. It is a json, jsonl or
+parquet file (.json may hold one array, a line may be a bare JSON string), a Hub name, a json file on the Hub
+(hf://datasets/OWNER/NAME/FILE), or sums:N, which needs no data. SPLIT is "train" unless said. LIMIT: how many
+rows to keep, drawn at random, because many sets are sorted. The columns of a row tell its schema; a new one
+is one function and one line in SCHEMAS.
+
+It writes OUT/train.jsonl and OUT/heldout.jsonl, one task a line:
+
+    {"kind": "verifiable", "prompt": [...], "answer": "18"}
+    {"kind": "preference", "prompt": [...], "responses": ["..", ".."], "scores": [4.0, 1.0]}
+    {"kind": "open",       "prompt": [...]}
+
+and promises, for every source:
+  * Each row passes urpo.row_problem. What does not is dropped, and counted by reason in the printed table.
+  * Training and held-out rows share no opening user message: all of a conversation is on one side.
+  * No user message is a prompt of an --exclude set (case and white space do not count).
+  * A prompt stands once in each kind; in a preference row it may come back with other responses.
+  * Responses stand in random order, which tells nothing about scores (urpo.py shuffles again at use time).
+  * Same seed, same input: same bytes. An interrupted run leaves the old files as they were.
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+import urpo
+
+# Our choice (the paper's mix is not known to us): 30,000 of each kind, under MIT or CC BY 4.0. Left out for
+# their terms: Skywork-Reward-Preference (its card names no licence), Alpaca (non-commercial).
+DEFAULT_MIX = (
+    "openbmb/UltraFeedback:20000",                    # preference: four rated responses a prompt
+    "nvidia/HelpSteer3@preference:10000",             # preference: human verdicts; multi-turn, code
+    "agentica-org/DeepScaleR-Preview-Dataset:25000",  # verifiable: competition mathematics
+    "openai/gsm8k@main:5000",                         # verifiable: easier, so that early groups differ
+    "HuggingFaceH4/ultrachat_200k#train_sft:30000",   # open
+)
+# What eval.py and the usual reports score: training on these prompts would spoil the benchmark.
+DEFAULT_EXCLUDE = (
+    "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json", "allenai/reward-bench#filtered", "google/IFEval",
+    "openai/gsm8k@main#test", "HuggingFaceH4/MATH-500#test", "HuggingFaceH4/aime_2024",
+)
+FIELDS = {"verifiable": ("answer",), "preference": ("responses", "scores"), "open": ()}  # beside the prompt
+
+
+class Drop(Exception):
+    """This row is of no use; the message says why. What follows ", got" is detail: not for the table."""
+
+
+# ------------------------------------------------------------------------------ building blocks of converters
+def task(kind, prompt, **fields):
+    return {"kind": kind, "prompt": prompt, **fields}
+
+
+def user(*parts):
+    """One user message: the parts that are there, a blank line between."""
+    return [{"role": "user", "content": "\n\n".join(part.strip() for part in parts if part)}]
+
+
+def chat(value, speaker="user"):
+    """Messages from a message list, a Human/Assistant transcript or one plain text of `speaker`.
+
+    >>> chat("\\n\\nHuman: Hi\\n\\nAssistant: Yes?")
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yes?'}]
+    """
+    if not isinstance(value, str):
+        return [{"role": message["role"], "content": message["content"]} for message in value]
+    if not value.startswith("\n\nHuman:"):
+        return [{"role": speaker, "content": value.strip()}]
+    _, *pieces = re.split(r"\n\n(Human|Assistant):", value)
+    turns = [{"role": "user" if name == "Human" else "assistant", "content": text.strip()}
+             for name, text in zip(pieces[::2], pieces[1::2])]
+    return turns if turns[-1]["content"] else turns[:-1]  # a prompt may end in "Assistant:"
+
+
+# --------------------------------------------- converters: row -> list of tasks, or raise Drop; as in SCHEMAS
+# Ties leave a converter with equal scores: row_problem refuses them, `--as open` can still use the prompt.
+def own(row):
+    """Rows already in this format."""
+    if reason := urpo.row_problem(row):
+        raise Drop(reason)
+    return [row | {"prompt": chat(row["prompt"])}]
+
+
+def ultrafeedback(row):
+    """openbmb/UltraFeedback: completions rated on up to four aspects, "1" to "5" or "N/A". The score is their
+    mean; the set's own overall_score is another number, and its first release had wrong ones (10 for 1)."""
+    responses, scores = [], []
+    for completion in row["completions"]:
+        ratings = [aspect["Rating"] for aspect in completion["annotations"].values()]
+        ratings = [float(rating) for rating in ratings if rating != "N/A"]
+        if ratings:
+            responses.append(completion["response"])
+            scores.append(sum(ratings) / len(ratings))
+    return [task("preference", user(row["instruction"]), responses=responses, scores=scores)]
+
+
+def helpsteer3(row):
+    """nvidia/HelpSteer3@preference: from -3 (response1 is much better) to 3 (response2 is)."""
+    lead = row["overall_preference"]
+    return [task("preference", chat(row["context"]), responses=[row["response1"], row["response2"]],
+                 scores=[max(-lead, 0), max(lead, 0)])]
+
+
+def pandalm(row):
+    """PandaLM test set (github.com/WeOpenML/PandaLM): three human votes, 1 or 2 or 0 (tie); two decide."""
+    vote, count = Counter(row[f"annotator{i}"] for i in (1, 2, 3)).most_common(1)[0]
+    scores = [float(count > 1 and vote == 1), float(count > 1 and vote == 2)]  # three different votes: a tie
+    return [task("preference", user(row["instruction"], row["input"]),
+                 responses=[row["response1"], row["response2"]], scores=scores)]
+
+
+def llmbar(row):
+    """LLMBar (github.com/princeton-nlp/LLMBar), an evaluation set: `label` says which output is better."""
+    return [task("preference", user(row["input"]), responses=[row["output_1"], row["output_2"]],
+                 scores=[float(row["label"] == 1), float(row["label"] == 2)])]
+
+
+def oasst(row):
+    """Open Assistant trees (github.com/LAION-AI/Open-Assistant): every user message with two or more ranked
+    replies (0 is best; unranked ones are left out), and the conversation that led to it as the prompt."""
+    tasks, paths = [], [[row["prompt"]]]
+    for path in paths:  # grows while we walk it
+        replies = path[-1]["replies"]
+        paths += [path + [reply] for reply in replies]
+        ranked = [node for node in replies if node["role"] == "assistant" and node.get("rank") is not None]
+        if len(ranked) > 1:
+            worst = max(node["rank"] for node in ranked)
+            prompt = [{"role": {"prompter": "user"}.get(node["role"], node["role"]), "content": node["text"]}
+                      for node in path]
+            tasks.append(task("preference", prompt, responses=[node["text"] for node in ranked],
+                              scores=[worst - node["rank"] for node in ranked]))
+    if not tasks:
+        raise Drop("no user message with two ranked replies")
+    return tasks
+
+
+def model_solutions(row):
+    """GSM8K's example_model_solutions (github.com/openai/grade-school-math; TEST questions): what several
+    models answered, right or wrong. With `--as verifiable`, question and true answer."""
+    solutions = [value for value in row.values() if isinstance(value, dict)]
+    return [task("preference", user(row["question"]), responses=[each["solution"] for each in solutions],
+                 scores=[float(each["is_correct"]) for each in solutions],
+                 answer=row["ground_truth"].rpartition("A:")[2].strip())]
+
+
+def chosen_rejected(row):
+    """HuggingFaceH4/ultrafeedback_binarized, Skywork/Skywork-Reward-Preference-80K-v0.2, Anthropic/hh-rlhf,
+    TRL's preference formats: message lists, transcripts or strings; the prompt is a column or their start."""
+    sides = [chat(row[column], "assistant") for column in ("chosen", "rejected")]
+    prompt = row.get("prompt")
+    if prompt is None and max(map(len, sides)) == 1:  # two strings; a shared start ends with a word
+        whole = [side[0]["content"] for side in sides]
+        prompt = re.sub(r"\S*$", "", os.path.commonprefix(whole))
+        sides = [chat(text.removeprefix(prompt), "assistant") for text in whole]
+    # a side that begins with the user's turn holds the prompt already
+    good, bad = [chat(prompt) + side if side[0]["role"] == "assistant" else side for side in sides]
+    if good[:-1] != bad[:-1] or good[-1]["role"] != "assistant" or bad[-1]["role"] != "assistant":
+        raise Drop("chosen and rejected differ in more than the last reply")
+    return [task("preference", good[:-1], responses=[good[-1]["content"], bad[-1]["content"]],
+                 scores=[row.get("score_chosen", 1.0), row.get("score_rejected", 0.0)])]
+
+
+def mathematics(row):
+    """MATH, HuggingFaceH4/MATH-500, agentica-org/DeepScaleR-Preview-Dataset, AIME: `answer`, or else the last
+    \\boxed{} of the solution, braces balanced."""
+    answer = row.get("answer")
+    if answer is None:
+        _, boxed, rest = row["solution"].rpartition("\\boxed{")
+        depth = list(itertools.accumulate(({"{": 1, "}": -1}.get(letter, 0) for letter in rest), initial=1))
+        if not boxed or 0 not in depth:
+            raise Drop("no answer and no \\boxed{} in the solution")
+        answer = rest[: depth.index(0) - 1]
+    return [task("verifiable", user(row["problem"]), answer=str(answer))]
+
+
+def svamp(row):
+    """SVAMP (github.com/arkilpatel/SVAMP): a Body is often an "If ..." before its Question; 51.0 is "51"."""
+    body, answer = row["Body"].strip(), float(row["Answer"])
+    link = " " if body.endswith((".", "?", "!")) else ", "
+    return [task("verifiable", user(body + link + row["Question"].strip()),
+                 answer=f"{answer:.0f}" if answer.is_integer() else str(answer))]
+
+
+def gsm8k(row):
+    """openai/gsm8k@main: the answer ends in "#### 1,234"."""
+    _, marker, answer = row["answer"].rpartition("####")
+    if not marker:
+        raise Drop("answer: expected '#### NUMBER' at its end")
+    return [task("verifiable", user(row["question"]), answer=answer.strip().replace(",", ""))]
+
+
+def self_instruct(row):
+    """Self-instruct seed tasks (github.com/yizhongw/self-instruct): the instruction with its first input."""
+    return [task("open", user(row["instruction"], row["instances"][0]["input"]))]
+
+
+def alpaca(row):
+    """tatsu-lab/alpaca, alpaca_eval, databricks-dolly: an instruction and perhaps an `input` or `context`."""
+    return [task("open", user(row["instruction"], row.get("input") or row.get("context")))]
+
+
+def messages(row):
+    """HuggingFaceH4/ultrachat_200k and other chats: what stands before the first answer."""
+    turns = chat(row["messages"])
+    roles = [turn["role"] for turn in turns] + ["assistant"]
+    return [task("open", turns[: roles.index("assistant")])]
+
+
+def prompt_only(row):
+    """google/IFEval and TRL's prompt-only format."""
+    return [task("open", chat(row["prompt"]))]
+
+
+def plain(row):
+    """A lone `text` or `question`. With other columns it may be a document or need its choices: no prompt."""
+    column = "text" if "text" in row else "question"
+    if others := row.keys() - {column, "id", "source", "subset"}:
+        raise Drop(f"{column} beside other columns is no plain prompt, got {sorted(others)}")
+    return [task("open", chat(row[column]))]
+
+
+# The first line whose columns are all there decides. Extra columns do not matter: telling lines come first.
+SCHEMAS = tuple((frozenset(columns.split()), converter) for columns, converter in (
+    ("kind prompt", own),
+    ("instruction completions", ultrafeedback),
+    ("context response1 response2 overall_preference", helpsteer3),
+    ("instruction input response1 response2 annotator1 annotator2 annotator3", pandalm),
+    ("input output_1 output_2 label", llmbar),
+    ("message_tree_id prompt", oasst),
+    ("question ground_truth", model_solutions),
+    ("chosen rejected", chosen_rejected),
+    ("problem answer", mathematics),
+    ("problem solution", mathematics),
+    ("Body Question Answer", svamp),
+    ("question answer", gsm8k),
+    ("instruction instances", self_instruct),
+    ("instruction", alpaca),
+    ("messages", messages),
+    ("prompt", prompt_only),
+    ("text", plain),
+    ("question", plain),
+))
+
+
+# ------------------------------------------------------------------------------ sums:N, a source without data
+SUMS = {  # the last form of each is a story
+    "+": ("What is {a} + {b}?", "{a} + {b} = ?", "Compute {a} plus {b}.",
+          "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?"),
+    "-": ("What is {a} - {b}?", "{a} - {b} = ?", "Compute {a} minus {b}.",
+          "{name} has {a} {things} and gives {b} away. How many {things} are left?"),
+    "*": ("What is {a} * {b}?", "{a} * {b} = ?", "Compute {a} times {b}.",
+          "{name} has {a} bags with {b} {things} in each. How many {things} does {name} have?"),
+}
+NAMES, THINGS = ("Tom", "Ana", "Sam", "Mia", "Ben"), ("apples", "books", "coins", "cards", "stamps")
+# Each of a row's four solutions uses another of these, so that the wording tells nothing about the score.
+WORKINGS = ("{a} {op} {b} = {work}. The answer is \\boxed{{{box}}}.",
+            "We need {a} {op} {b}, which is {work}. So the final answer is \\boxed{{{box}}}.",
+            "Step 1: write down {a} {op} {b}.\nStep 2: it makes {work}.\n\\boxed{{{box}}}",
+            "Let me work it out: {a} {op} {b} gives {work}.\nAnswer: \\boxed{{{box}}}")
+MOST_SUMS = 3000  # few enough that drawing different problems by trial stays quick
+
+
+def sums(n, rng):
+    """n verifiable sums, and n // 2 preference rows of four worked solutions to other ones.
+
+    Easy on purpose: a 135M model gets about a third of single-digit sums right, and a group that is all right
+    or all wrong teaches nothing. Scores: 1 right; 0.3 right working but wrong box; 0 wrong working."""
+    if not 0 < n <= MOST_SUMS:
+        raise urpo.BadInput(f"sums:{n}: ask for 1 to {MOST_SUMS}, there are not many more easy sums")
+    problems = {}
+    while len(problems) < n + n // 2:
+        op = rng.choices("+-*", (7, 2, 1))[0]
+        a, b = rng.randint(1, 99 if op == "+" and rng.random() < 0.25 else 9), rng.randint(1, 9)
+        a, b = (max(a, b), min(a, b)) if op == "-" else (a, b)
+        text = rng.choice(SUMS[op]).format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
+        problems[text] = a, op, b, {"+": a + b, "-": a - b, "*": a * b}[op]
+    problems = list(problems.items())
+    tasks = [task("verifiable", user(text), answer=str(right)) for text, (_, _, _, right) in problems[:n]]
+    for text, (a, op, b, right) in problems[n:]:
+        responses, scores = [], [1.0, 0.0, *rng.choices((1.0, 0.3, 0.0), k=2)]
+        for working, score in zip(rng.sample(WORKINGS, 4), scores):
+            wrong = rng.choice([near for near in range(right - 3, right + 4) if near >= 0 and near != right])
+            responses.append(working.format(a=a, op=op, b=b, work=wrong if score == 0 else right,
+                                            box=right if score == 1 else wrong))
+        tasks.append(task("preference", user(text), responses=responses, scores=scores))
+    return tasks
+
+
+# -------------------------------------------------------------------------------------------- reading sources
+class Source(NamedTuple):
+    name: str
+    config: str | None
+    split: str | None
+    limit: int | None
+
+
+def parse_source(text):
+    """FILE_OR_NAME[@CONFIG][#SPLIT][:LIMIT]
+
+    >>> parse_source("openai/gsm8k@main#test:50")
+    Source(name='openai/gsm8k', config='main', split='test', limit=50)
+    """
+    pattern = r"(.*?)(?:@([^@#:/]+))?(?:#([^@#:/]+))?(?::(\d+))?"
+    name, config, split, limit = re.fullmatch(pattern, text, re.S).groups()
+    return Source(name, config, split, int(limit) if limit else None)
+
+
+def load(source, rng):
+    """The raw rows of a source: a list or a datasets.Dataset."""
+    path = Path(source.name)
+    if source.name == "sums":
+        return sums(source.limit or 0, rng)
+    if path.exists() or path.suffix in (".json", ".jsonl", ".parquet") and "://" not in source.name:
+        return read_file(path)
+    try:
+        if "://" in source.name:
+            return datasets.load_dataset("json", data_files=source.name, split="train")
+        return datasets.load_dataset(source.name, source.config, split=source.split or "train")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise urpo.BadInput(f"{source.name}: no such file, and the Hub says: {one_line(error)}") from error
+
+
+def read_file(path):
+    """The rows of a local file; a bare string becomes {"text": ..}, a line that is not JSON a Drop."""
+    try:
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        if path.suffix == ".json" and path.read_bytes().lstrip().startswith(b"["):
+            rows = json.loads(path.read_bytes())
+        else:
+            rows = [value for _, value in json_lines(path)]
+    except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
+        raise urpo.BadInput(f"{path}: cannot be read: {one_line(error)}") from error
+    return [{"text": row} if isinstance(row, str) else row for row in rows]
+
+
+def json_lines(path):
+    """(line number, value) of every line that is not blank; the value is a Drop if the line is not JSON."""
+    with open(path, "rb") as file:  # bytes, so that json.loads meets bad UTF-8 too
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError):
+                    yield number, Drop(f"not JSON, got {line[:60]!r}")
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:300]  # some of the Hub's messages fill a screen
+
+
+def converter_for(row):
+    """The converter of the first schema whose columns the row has, or None."""
+    columns = row.keys() if isinstance(row, dict) else set()
+    return next((converter for needed, converter in SCHEMAS if needed <= columns), None)
+
+
+def convert(row):
+    """The tasks of one raw row. A field of the wrong type is the row's fault, not ours: a Drop as well."""
+    if isinstance(row, Drop):
+        raise row
+    converter = converter_for(row)
+    if converter is None:
+        raise Drop("columns of no known schema")
+    try:
+        return converter(row)
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise Drop(f"a field is missing or of the wrong type, got {type(error).__name__}: {error}") from error
+
+
+# --------------------------------------------------------------------------------------- keeping and dropping
+def normal(text):
+    """How texts are compared: case and white space do not count."""
+    return " ".join(text.casefold().split())
+
+
+def user_turns(row):
+    return [normal(message["content"]) for message in row["prompt"] if message["role"] == "user"]
+
+
+def identity(row):
+    """Rows with the same identity are duplicates."""
+    prompt = tuple((message["role"], normal(message["content"])) for message in row["prompt"])
+    return row["kind"], prompt, tuple(sorted(map(normal, row.get("responses", ()))))
+
+
+def problem(row):
+    """Why a row cannot be trained on, or None: what urpo.py refuses, then what would hurt it later."""
+    reason = urpo.row_problem(row)
+    if reason:
+        return reason
+    if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        return "text: half a surrogate pair, which no tokenizer takes"
+    responses, scores = (row["responses"], row["scores"]) if row["kind"] == "preference" else ([], [])
+    if len(responses) > len(urpo.LABELS):
+        return f"responses: expected at most {len(urpo.LABELS)}, the labels of a judge prompt"
+    if len(set(zip(responses, scores))) > len(set(responses)):
+        return "responses: one text with two different scores"
+    return None
+
+
+def finish(raw, source, as_kind):
+    """Just the fields of its kind, which is `as_kind` if given; row_problem will name what that one lacks."""
+    kind = as_kind or raw["kind"]
+    fields = ("prompt", *FIELDS[kind], "id", "source", "subset")
+    return {"kind": kind, "source": source} | {key: raw[key] for key in fields if raw.get(key) is not None}
+
+
+def shuffle_responses(row, rng):
+    """Many sets store the best response first; scores move along."""
+    if row["kind"] == "preference":
+        pairs = rng.sample(list(zip(row["responses"], row["scores"])), len(row["scores"]))
+        row["responses"], row["scores"] = [text for text, _ in pairs], [float(score) for _, score in pairs]
+
+
+def gather(source, as_kind, options, excluded, seen, table):
+    """The rows of one source that are kept. Adds to `seen` and to the counts in `table`."""
+    name = Path(source.name).name if Path(source.name).exists() else source.name  # no folders of this machine
+    rng = random.Random(f"{options.seed} {name}")  # its own: other sources change nothing here
+    rows, kept = load(source, rng), []
+    if not any(map(converter_for, rows)):
+        columns = sorted({column for row in rows if isinstance(row, dict) for column in row})
+        known = ", ".join("+".join(sorted(needed)) for needed, _ in SCHEMAS)
+        raise urpo.BadInput(f"{source.name}: no known schema in columns {columns}; known are {known}")
+    limit = math.inf if source.limit is None or source.name == "sums" else source.limit
+    for index in rng.sample(range(len(rows)), len(rows)):
+        if len(kept) >= limit:
+            break
+        try:
+            tasks = convert(rows[index])
+        except Drop as drop:
+            table[name, "-", "dropped: " + str(drop).partition(", got")[0]] += 1
+            continue
+        for row in (finish(raw, name, as_kind) for raw in tasks):
+            reason = (problem(row)
+                      or excluded.intersection(user_turns(row)) and "prompt of an --exclude set"
+                      or identity(row) in seen and "duplicate"
+                      or len(str(row)) > options.max_chars and "longer than --max_chars")
+            if not reason:
+                seen.add(identity(row))
+                shuffle_responses(row, rng)
+                kept.append(row)
+            table[name, row["kind"], "dropped: " + reason.partition(", got")[0] if reason else "kept"] += 1
+    return kept
+
+
+def split(rows, heldout, rng):
+    """(training, held-out) rows, by opening user message; `heldout` counts for each kind, as --help says."""
+    openings = {}  # opening message -> kind -> number of rows
+    for row in rows:
+        openings.setdefault(user_turns(row)[0], Counter())[row["kind"]] += 1
+    held = set()
+    for kind in FIELDS:
+        total = sum(kinds[kind] for kinds in openings.values())
+        wanted = heldout * total if heldout < 1 else min(heldout, total / 5)
+        have = sum(openings[opening][kind] for opening in held)  # came along with an earlier kind
+        for opening in rng.sample(list(openings), len(openings)):
+            if have < wanted and openings[opening][kind] and opening not in held:
+                held.add(opening)
+                have += openings[opening][kind]
+    sides = [], []
+    for row in rng.sample(rows, len(rows)):
+        sides[user_turns(row)[0] in held].append(row)
+    return sides
+
+
+# ------------------------------------------------------------------------------------------- the two commands
+def check(path):
+    """Print every row of a JSONL file that cannot be trained on; True if there is none."""
+    good = bad = 0
+    try:
+        for number, row in json_lines(path):
+            reason = str(row) if isinstance(row, Drop) else problem(row)
+            if reason:
+                print(f"{path}:{number}: {reason}")
+            good, bad = good + (not reason), bad + bool(reason)
+    except OSError as error:
+        raise urpo.BadInput(f"{path}: cannot be read: {one_line(error)}") from error
+    print(f"{path}: {good} good rows, {bad} bad")
+    return good > 0 and bad == 0
+
+
+def prepare(options):
+    """Read the sources, write OUT/train.jsonl and OUT/heldout.jsonl, print what was kept and dropped."""
+    excluded, seen, table, rows = set(), set(), Counter(), []
+    for text in options.exclude if options.exclude or options.sources else DEFAULT_EXCLUDE:
+        found = gather(parse_source(text), "open", options, set(), set(), Counter())
+        if not found:
+            raise urpo.BadInput(f"--exclude {text}: no prompt found there")
+        excluded.update(user_turns(row)[0] for row in found)
+    for text in options.sources or DEFAULT_MIX:
+        rows += gather(parse_source(text), options.as_kind, options, excluded, seen, table)
+    names = list(dict.fromkeys(name for name, _, _ in table))  # in the order of the command line
+    for key in sorted(table, key=lambda key: (names.index(key[0]), key)):
+        print("{:45} {:10} {:7} {}".format(*key[:2], table[key], key[2]))
+    if not rows:
+        raise urpo.BadInput("no row was kept, so nothing is written")
+    out, files = Path(options.out), []
+    out.mkdir(parents=True, exist_ok=True)
+    for name, side in zip(("train", "heldout"), split(rows, options.heldout, random.Random(options.seed))):
+        files.append(out / f"{name}.jsonl")
+        # ASCII escapes, so that no reader takes a U+2028 inside a text for the end of a line
+        Path(f"{files[-1]}.tmp").write_text("".join(json.dumps(row) + "\n" for row in side))
+        kinds = Counter(row["kind"] for row in side)
+        print(f"{files[-1]}: {len(side)} rows: " + ", ".join(f"{kinds[kind]} {kind}" for kind in FIELDS))
+    for file in files:  # by now both are complete
+        os.replace(f"{file}.tmp", file)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("sources", nargs="*", metavar="SOURCE", help="see above; none: the default mix, from the Hub")
+    add("--out", metavar="DIR", help="folder for train.jsonl and heldout.jsonl")
+    add("--check", metavar="FILE", help="list every bad row of a JSONL file; exit status 1 if there is one")
+    add("--as", dest="as_kind", choices=FIELDS,
+        help="make every row of this kind; rows without the fields that it needs are dropped")
+    add("--exclude", nargs="+", default=[], metavar="SOURCE",
+        help="evaluation sets whose prompts are not trained on (default mix: the usual benchmarks)")
+    add("--heldout", type=float, default=100, metavar="N",
+        help="held-out rows of each kind, at most a fifth of the kind; below 1: a share (default 100)")
+    add("--max_chars", type=int, default=16000, metavar="N",
+        help="drop longer rows, all fields counted (default 16000: some 4,000 tokens, which a judge prompt "
+             "holds without cutting responses)")
+    add("--seed", type=int, default=0, help="of every random choice (default 0)")
+    options = parser.parse_args(argv)
+    if bool(options.check) == bool(options.out) or options.heldout < 0:
+        parser.error("expected either --out DIR or --check FILE, and --heldout of 0 or more")
+    if options.check:
+        raise SystemExit(0 if check(options.check) else 1)
+    prepare(options)
+
+
+if __name__ == "__main__":
+    main()
