@@ -333,7 +333,7 @@ def load(source, rng):
         if "://" in source.name:
             return datasets.load_dataset("json", data_files=source.name, split="train")
         return datasets.load_dataset(source.name, source.config, split=source.split or "train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the Hub's clients raise their HTTP library's errors too, whichever that is
         raise urpo.BadInput(f"{source.name}: no such file, and the Hub says: {one_line(error)}") from error
 
 

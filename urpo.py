@@ -481,12 +481,96 @@ def ranking_reward(scores: Sequence[float] | None, truth: Sequence[float]) -> fl
     return sum((p > 0) - (p < 0) for p in pairs) / len(pairs) if pairs else 0.0
 
 
+LONGEST = 300  # characters of an answer: bounds the work on a hostile one
+# One spelling for each thing, in this order; what is left is compared as a number or, failing that, letter by letter.
+SPELLINGS = [
+    (r"\\(left|right|displaystyle|quad|[!,;: ])|\\?[$£€]|[~\s]|\^\{?\\circ\}?|\\degree|°", ""),
+    (r"\\(text|mathrm|mathbf|textbf|mbox)\{([^{}]*)\}", r"\2"), (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"), (r"\\sqrt(\d)", r"\\sqrt{\1}"), (r"\\%|percent$", "%"), ("[−–]", "-"),
+    (r"\\cdot|\\times|×", "*"), (r"(?<=\d)(\{,\}|,)(?=\d{3}(?!\d))", ""),  # 1,234 and 1{,}234
+    (r"^[a-zA-Z](=|\\in)", ""), (r"(?<=\d)(?!\*|\\)[a-zA-Z]{2,}[a-zA-Z^./\d]*$", ""),  # x = 5; 18 dollars; 5 cm^2
+    (r"[.,:;*]+$|^[*:]+", ""), (r"^\(([A-Za-z])\)$", r"\1"), (r"^\\\{(.*)\\\}$", r"{\1}"),
+]
+NUMERAL = r"(\d+\.?\d*|\.\d+)"
+
+
+def final_answer(text: str) -> str:
+    """What a completion claims: its last \\boxed{}, else what follows the last ####, else the last number; "" if none."""
+    text = text.rpartition("</think>")[2]  # a box inside of the thinking is not the answer
+    _, box, rest = text.rpartition("\\boxed{")
+    if box:
+        depth = 1
+        for i, character in enumerate(rest[:LONGEST]):
+            depth += (character == "{") - (character == "}")
+            if depth == 0:
+                return rest[:i]
+        return ""  # never closed
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0]
+    numbers = re.findall(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\\?%)?", text)
+    return numbers[-1] if numbers else ""
+
+
+def number(text: str) -> Fraction | float | None:
+    """The value of a plain number: 42, -3.5, 3/4, 1\\frac{1}{2}, 2\\sqrt{3}, \\frac{\\pi}{2}, 10^{-5}, 50%. Never `eval`."""
+    if re.fullmatch(NUMERAL, text, re.ASCII):
+        return Fraction(text)
+    if match := re.fullmatch(r"([-+])(.+)", text):
+        value = number(match[2]) if match[2][0] not in "+-" else None
+        return None if value is None else -value if match[1] == "-" else value
+    if text.endswith("%"):
+        return None if (value := number(text[:-1])) is None else value / 100
+    if match := re.fullmatch(r"(\d*)\\frac\{([^{}]*|[^{}]*\{[^{}]*\})\}\{([^{}]*)\}", text, re.ASCII) or re.fullmatch(r"()([^/]+)/([^/]+)", text):
+        above, below = number(match[2]), number(match[3])
+        return None if above is None or not below else Fraction(match[1] or 0) + above / below
+    if match := re.fullmatch(rf"{NUMERAL}?\*?\\sqrt\{{{NUMERAL}\}}", text, re.ASCII):
+        return float(match[1] or 1) * math.sqrt(float(match[2]))
+    if match := re.fullmatch(rf"{NUMERAL}?\*?\\pi", text, re.ASCII):
+        return float(match[1] or 1) * math.pi
+    if match := re.fullmatch(rf"(?:{NUMERAL}\*)?10\^\{{?(-?\d{{1,2}})\}}?", text, re.ASCII):
+        return Fraction(match[1] or 1) * Fraction(10) ** int(match[2])
+    return None
+
+
+def same_answer(claim: str, gold: str) -> bool:
+    if not claim or max(len(claim), len(gold)) > LONGEST:
+        return False
+    for pattern, replacement in SPELLINGS:
+        claim, gold = re.sub(pattern, replacement, claim), re.sub(pattern, replacement, gold)
+    if claim.casefold() == gold.casefold():
+        return True
+    if "," in gold and claim[:1] + claim[-1:] == gold[:1] + gold[-1:] or "," in gold and claim[:1].isdigit() and gold[:1].isdigit():
+        bracketed = gold[0] in "([{"
+        claims, golds = (side[1:-1].split(",") if bracketed else side.split(",") for side in (claim, gold))
+        if gold[0] == "{":  # a set has no order
+            claims, golds = sorted(claims), sorted(golds)
+        return len(claims) == len(golds) and all(map(same_answer, claims, golds))
+    x, y = number(claim), number(gold)
+    if x is None or y is None:
+        return False
+    # 50% is 0.5 and, where the other side leaves the sign out, 50
+    factors = (1, 100) if claim.endswith("%") != gold.endswith("%") else (1,)
+    x, factors = (x, factors) if claim.endswith("%") else (x, [Fraction(1, f) for f in factors])
+    # six digits: 0.333333 is off by 1e-6 of 1/3; whole numbers must be equal
+    return any(x * f == y if y == int(y) and isinstance(x, Fraction) else math.isclose(x * f, y, rel_tol=5e-6) for f in factors)
+
+
 def verify_answer(completion: str, answer: str) -> float:
-    m = re.findall(r"\\\\boxed\{([^}]*)\}", completion) or re.findall(r"-?\d+", completion)
-    return float(bool(m) and m[-1].strip() == answer.strip())
+    """1 if the completion's final answer equals the ground truth, else 0. Formulas that only algebra could compare are not equal
+    here: `--verifier math_verify` knows more (and its rewards depend on its version).
+
+    >>> verify_answer("It is 7. No: \\\\boxed{\\\\frac{1}{2}}", "0.5"), verify_answer("#### 1,234", "1234"), verify_answer("10000.5", "10000")
+    (1.0, 1.0, 0.0)
+    """
+    return float(same_answer(final_answer(completion), answer))
 
 
-VERIFIERS = {"plain": verify_answer}
+def math_verify_answer(completion: str, answer: str) -> float:
+    from math_verify import parse, verify
+    return float(verify(parse(f"${answer}$"), parse(completion)))  # a bare gold answer is often not read as LaTeX
+
+
+VERIFIERS = {"plain": verify_answer, "math_verify": math_verify_answer}
 
 
 def verifiable_rewards(groups: list[Group], judge, config, rng) -> list[list[float]]:
