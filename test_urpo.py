@@ -1,0 +1,580 @@
+"""Tests of urpo.py on tiny random models: CPU, no network, about a minute. Every docstring names the bug that it guards against."""
+import dataclasses
+import doctest
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import urpo  # noqa: E402
+from urpo import KINDS, BadInput, completion_logprobs, group_advantages, grpo_loss, parse_scores, ranking_reward  # noqa: E402
+
+torch.set_num_threads(1)
+NAN = math.nan
+WORDS = (["<unk>", "<pad>", "<s>", "</s>", "<|im_end|>", "\n", " ", *"ABCD:.,<>/|[]{}\\", *map(str, range(11)), "scores", "user"]
+         + [f"w{i}" for i in range(70)])[:97]
+
+
+def tiny(arch="Qwen2", tied=False, scale=2.5, seed=0, **settings):
+    """A random causal LM; weights are scaled up so that its distributions are not flat, for flat ones hide bugs."""
+    torch.manual_seed(seed)
+    defaults = dict(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    max_position_embeddings=1024, tie_word_embeddings=tied, bos_token_id=2, eos_token_id=3, pad_token_id=1)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, arch + "Config")(**defaults | settings), attn_implementation="sdpa")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(scale if weight.dim() > 1 else 1)
+    return model.eval()
+
+
+def save(path, **settings):
+    """A Hugging Face folder with a word-level tokenizer and, as Qwen2.5 has, sampling settings that nobody asked for."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\s|[A-Za-z]+\d*|\d+|[^\w\s]"), "removed", invert=True)
+    words.decoder = tokenizers.decoders.Fuse()
+    words.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+                                        additional_special_tokens=["<|im_end|>"])
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(path)
+    model = tiny("Llama", **settings)
+    model.generation_config.update(do_sample=True, top_k=1, temperature=0.7, repetition_penalty=1.05, eos_token_id=[3, 4])
+    model.save_pretrained(path)
+    return str(path)
+
+
+ROWS = [row for k in range(12) for row in (
+    {"kind": "verifiable", "prompt": f"w{k} w1", "answer": str(k % 10)},
+    {"kind": "preference", "prompt": f"w{k} w2", "responses": ["w1 w2", "w3", "w4 w4", "w5 w6 w7"], "scores": [1, 2, 3, 4]},
+    {"kind": "open", "prompt": [{"role": "user", "content": f"w{k} w3"}]})]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"), scale=1.5)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def fake_parse(text, n):
+    """A judge that always answers: scores that follow from the text, so that tiny models give signals of every kind."""
+    return [1.0 + (len(text) * 7 + i * 3 + sum(map(ord, text[:3]))) % 10 for i in range(n)]
+
+
+@pytest.fixture
+def settings(folder, data, tmp_path):
+    def make(**flags):
+        flags = dict(model=folder, data=data, out_dir=str(tmp_path), name="run", device="cpu", steps=4, prompts_per_step=3, group_size=4, lr_warmup=0,
+                     max_new_tokens=8, judge_max_new_tokens=12, eval_every=0, save_every=0, learning_rate=1e-3, sample_every=2) | flags
+        return urpo.parse([word for name, value in flags.items() for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))])
+    return make
+
+
+@pytest.fixture
+def one_step(settings, monkeypatch):
+    """-> run(rewards=..., rows=..., **flags): one urpo_step, with all that reached the sampler, the log-probs and the loss."""
+    def run(rewards=None, rows=ROWS[:3], learning_rate=1e-3, step=0, optimizer=torch.optim.AdamW, **flags):
+        config = settings(learning_rate=learning_rate, **flags)
+        ranks, seen = urpo.Ranks(config), SimpleNamespace(sampled=[], forwards=[], losses=[], config=config)
+        policy = urpo.load_actor(config.model, config, ranks, True)
+        reference = ranks.load(config.model, config, False) if config.kl_coef else None
+        fingerprint = lambda: float(sum(p.detach().double().abs().sum() for p in policy.model.parameters()))
+        seen.before, seen.policy = {n: p.detach().clone() for n, p in policy.model.named_parameters()}, policy
+        real = {name: getattr(urpo, name) for name in ("sample", "row_logprobs", "grpo_loss")}
+
+        def sample(model, prompts, n, *args, **kwargs):
+            out = real["sample"](model, prompts, n, *args, **kwargs)
+            seen.sampled.append(SimpleNamespace(model=model, prompts=prompts, n=n, out=out, weights=fingerprint(), mode=model.training))
+            return out
+
+        def row_logprobs(model, packed, temperature):
+            out = real["row_logprobs"](model, packed, temperature)
+            seen.forwards.append(SimpleNamespace(model=model, rows=packed, grad=torch.is_grad_enabled()))
+            return out
+
+        def loss(logprobs, old, ref, advantages, mask, **kwargs):
+            out = real["grpo_loss"](logprobs, old, ref, advantages, mask, **kwargs)
+            rows = [(tuple(row.prompt), tuple(c)) for row in seen.forwards[-1].rows for c in row.completions]
+            seen.losses.append(SimpleNamespace(rows=rows, logprobs=logprobs.detach().clone(), old=old, advantages=advantages, mask=mask,
+                                               metrics=out[1], value=out[0].item(), **kwargs))
+            return out
+
+        with monkeypatch.context() as patch:
+            for name, replacement in (("sample", sample), ("row_logprobs", row_logprobs), ("grpo_loss", loss), ("parse_scores", fake_parse)):
+                patch.setattr(urpo, name, replacement)
+            if rewards:
+                for name, kind in list(KINDS.items()):
+                    patch.setitem(KINDS, name, dataclasses.replace(kind, rewards=lambda groups, *_: [rewards(g) for g in groups]))
+            rows = [row | {"prompt": urpo.chat(row["prompt"])} for row in rows]
+            seen.optimizer = optimizer(policy.model.parameters(), lr=config.learning_rate)
+            seen.start = fingerprint()
+            seen.groups, seen.sums, seen.seconds = urpo.urpo_step(policy, policy, reference, seen.optimizer, rows, step, config, ranks)
+        seen.after = dict(policy.model.named_parameters())
+        return seen
+    return run
+
+
+def prompts_of(*lengths, seed=1):
+    rng = random.Random(seed)
+    return [[rng.randrange(5, 97) for _ in range(length)] for length in lengths]
+
+
+def plain_logprobs(model, prompt, completion, temperature=1.0):
+    """One completion, no packing, no chunks, full logits: what everything else is compared with."""
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion, dtype=torch.long)[:, None])[:, 0]
+
+
+# ================================================================================================ sampler
+@pytest.mark.parametrize("arch", ["Qwen2", "Llama"])
+def test_sampler_and_trainer_agree(arch):
+    """Rows 1, 2, 4: log-probs shifted by one (2.4 nats) or taken without the temperature (.5); results out of order over batches."""
+    model, prompts, limits = tiny(arch), prompts_of(3, 19, 6, 1, 11), [5, 9, 5, 12, 9]
+    torch.manual_seed(0)
+    out = urpo.sample(model, prompts, 3, limits, 0.7, list(range(0, 97, 12)), max_tokens=130)
+    for prompt, limit, completions in zip(prompts, limits, out):
+        assert len(completions) == 3 and all(len(ids) <= limit for ids, _, _ in completions)
+        for (ids, _, sampled), trained in zip(completions, completion_logprobs(model, prompt, [c[0] for c in completions], 0.7)):
+            assert torch.allclose(sampled, trained, atol=1e-4) and torch.allclose(sampled, plain_logprobs(model, prompt, ids, 0.7), atol=1e-4)
+    every = [(plain_logprobs(model, p, ids), lp) for p, group in zip(prompts, out) for ids, _, lp in group]
+    assert max((a - b).abs().max() for a, b in every) > 0.1  # the temperature matters, so the comparison above can fail
+
+
+def test_hidden_sampling_defaults():
+    """Rows 3, 4, 29: generate() fills top_k=1 from the model's generation_config, or its own top_k=50 into what is left unset."""
+    model = tiny(scale=1)
+    model.generation_config.update(do_sample=True, top_k=1, temperature=0.7, repetition_penalty=1.05)
+    kept, prompt = model.generation_config, prompts_of(6)[0]
+    [out] = urpo.sample(model, [prompt], 200, [3], 1.0, [3])
+    assert len({tuple(ids) for ids, _, _ in out}) > 100 and len({ids[0] for ids, _, _ in out}) > 32
+    order = model(torch.tensor([prompt])).logits[0, -1].argsort(descending=True).tolist()
+    assert sum(order.index(ids[0]) >= 50 for ids, _, _ in out) > 30  # about 90 of 200: nothing cuts the tail
+    assert model.generation_config is kept and kept.top_k == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_and_generation_config_restored(training):
+    """Row 19: dropout during sampling, or the model left in another mode (also when sampling fails)."""
+    model = tiny(attention_dropout=0.5).train(training)
+    kept, prompts = model.generation_config, prompts_of(4, 7)
+    [first, again] = (urpo.sample(model, prompts, 1, [6, 6], 0, [3]) for _ in range(2))
+    assert all(torch.equal(a[0][2], b[0][2]) for a, b in zip(first, again))
+    with pytest.raises(IndexError):
+        urpo.sample(model, [[1000, 1000]], 1, [6], 0, [3])
+    assert model.training is training and model.generation_config is kept
+
+
+def test_no_dropout_in_training_mode(tmp_path, settings):
+    """Row 19: with gradient checkpointing the policy is in train mode; dropout would make the on-policy ratio differ from 1."""
+    config = settings(gradient_checkpointing=True, model=save(tmp_path / "m", attention_dropout=0.3))
+    model = urpo.Ranks(config).load(config.model, config, True)
+    first, second = (completion_logprobs(model, [5, 6, 7], [[8, 9], [10]]) for _ in range(2))
+    assert model.training and all(torch.equal(a, b) for a, b in zip(first, second))
+    assert torch.allclose(first[0], plain_logprobs(model.eval(), [5, 6, 7], [8, 9]), atol=1e-5)
+
+
+@pytest.mark.parametrize("arch,tied", [("Qwen2", False), ("Llama", True), ("Olmo2", False)])
+def test_greedy_equals_plain_generate(arch, tied):
+    """The shared prefill of left-padded prompts must not change what is generated (wrong positions, cache or mask)."""
+    model, prompts = tiny(arch, tied), prompts_of(1, 5, 17, 9, 70)
+    for stops in ([3], list(range(60))):
+        out = urpo.sample(model, prompts, 2, [70] * 5, 0, stops, max_tokens=600)
+        for prompt, completions in zip(prompts, out):
+            plain = model.generate(torch.tensor([prompt]), max_new_tokens=70, do_sample=False, eos_token_id=stops, pad_token_id=0)[0, len(prompt):]
+            assert all(ids == plain.tolist() for ids, _, _ in completions)
+
+
+@pytest.mark.parametrize("stops", [[3], [40], list(range(40)), list(range(39, -1, -1))])
+def test_stop_tokens(stops):
+    """Row 5: the stop token is the last of its completion; with several stop ids, and padding that is a stop token itself."""
+    model = tiny(scale=1)
+    [out] = urpo.sample(model, prompts_of(5), 64, [6], 1.0, stops)
+    for ids, truncated, logprobs in out:
+        assert len(logprobs) == len(ids) and all(token not in stops for token in ids[:-1])
+        assert truncated == (ids[-1] not in stops) and (not truncated or len(ids) == 6)
+    lengths = {len(ids) for ids, _, _ in out}
+    assert len(stops) == 1 or lengths >= {1, 2, 3}  # the short ones were padded with stop ids
+
+
+def test_stop_token_ids(folder, tokenizer):
+    """Row 5: a chat template ends turns with another token than the model's own EOS."""
+    assert urpo.stop_token_ids(tokenizer, transformers.GenerationConfig(eos_token_id=4)) == [3, 4]
+    assert urpo.stop_token_ids(tokenizer, transformers.GenerationConfig(eos_token_id=None), "<|im_end|>,w1") == [3, 4, WORDS.index("w1")]
+    with pytest.raises(BadInput, match="nosuch"):
+        urpo.stop_token_ids(tokenizer, transformers.GenerationConfig(), "nosuch")
+
+
+def test_sampler_sees_new_weights(one_step):
+    """Row 26: a sampler that holds a copy of the weights, or a stale cache, goes on with the old policy."""
+    run = one_step(learning_rate=0.05)
+    call = run.sampled[0]
+    again = urpo.sample(run.policy.model, call.prompts, 1, [4] * 3, 0, [3])
+    for prompt, [(ids, _, logprobs)] in zip(call.prompts, again):
+        assert torch.allclose(logprobs, plain_logprobs(run.policy.model, prompt, ids), atol=1e-4)
+    old = urpo.sample(AutoModelForCausalLM.from_pretrained(run.config.model), call.prompts, 1, [4] * 3, 0, [3])
+    assert any(not torch.allclose(a[0][2], b[0][2], atol=1e-3) for a, b in zip(again, old))
+
+
+# ================================================================================================ log-probs
+GROUPS = [(40, (1, 7, 0, 4, 12)), (2, (30, 50, 9)), (9, (0,)), (5, (3, 3, 3))]
+
+
+@pytest.mark.parametrize("arch,tied", [("Qwen2", False), ("Qwen2", True), ("Llama", False), ("Llama", True), ("Olmo2", False)])
+@pytest.mark.parametrize("microbatch_tokens", [48, 4096])
+def test_packed_equals_plain(arch, tied, microbatch_tokens):
+    """DESIGN 6: completions that see each other, positions that do not restart, a first token predicted by the wrong place."""
+    model = tiny(arch, tied)
+    groups = [(prompts_of(p)[0], prompts_of(*lengths, seed=p)) for p, lengths in GROUPS]
+    flat = [(prompt, c) for prompt, completions in groups for c in completions]
+    weights = [torch.randn(len(c), generator=torch.Generator().manual_seed(i)) for i, (_, c) in enumerate(flat)]
+    batches = urpo.pack(groups, 64, microbatch_tokens)
+    together = [len(row.completions) for rows in batches for row in rows if len(row.prompt) == 40]
+    assert (len(together) == 1) == (microbatch_tokens == 4096) and sorted(o for b in batches for r in b for o in r.owners) == list(range(len(flat)))
+    assert all(len(rows) == 1 or len(rows) * max(map(len, rows)) <= microbatch_tokens for rows in batches)
+
+    def gradient(total):
+        model.zero_grad()
+        total.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    got: dict = {}
+    for rows in batches:
+        got |= dict(zip((o for row in rows for o in row.owners), urpo.row_logprobs(model, rows, 0.7)))
+    plain = [plain_logprobs(model, prompt, c, 0.7) for prompt, c in flat]
+    for i, expected in enumerate(plain):
+        assert got[i].dtype == torch.float32 and torch.allclose(got[i], expected, atol=1e-4)
+    packed_gradient = gradient(sum((got[i] * w).sum() for i, w in enumerate(weights)))
+    plain_gradient = gradient(sum((lp * w).sum() for lp, w in zip(plain, weights)))
+    for a, b in zip(packed_gradient, plain_gradient):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_padding_ids_change_nothing():
+    """Row 20, in bfloat16 (float32 hides it): a mask made from token ids, or real tokens that see padding."""
+    model = tiny().bfloat16()
+    for completions in ([[6, 7, 8]], [[6, 7, 8], [9]]):
+        rows = [urpo.Row(prompts_of(30)[0], completions, [0]), urpo.Row(prompts_of(4)[0], completions, [1])]
+        ids, positions, mask, sources, targets = urpo.packed_inputs(rows, "cpu")
+        other = ids.clone()
+        other[1, len(rows[1]):] = 55
+        assert not torch.equal(ids, other)
+        a, b = (urpo.token_logprobs(model, x, positions, mask, sources, targets, 1.0) for x in (ids, other))
+        assert torch.equal(a, b) and torch.allclose(a[-len(a) // 2:], torch.cat(urpo.row_logprobs(model, rows[1:], 1.0)), atol=0.02)
+
+
+def test_softmax_in_float32_and_chunks(monkeypatch):
+    """Rows 22, 23: a softmax in bfloat16 (.03 nats); chunks of the head that lose or double a gradient."""
+    torch.manual_seed(0)
+    head, hidden, targets = torch.nn.Linear(64, 5000, dtype=torch.bfloat16), torch.randn(8, 64).bfloat16() * 4, torch.arange(8)
+    got, exact = urpo.head_logprobs(head, hidden, targets, 0.7), (head(hidden).double() / 0.7).log_softmax(-1)[range(8), targets]
+    assert got.dtype == torch.float32 and (got - exact).abs().max() < 1e-5
+    model, results = tiny(), []
+    for chunk in (512, 3):
+        monkeypatch.setattr(urpo, "HEAD_CHUNK", chunk)
+        model.zero_grad()
+        logprobs = torch.cat(completion_logprobs(model, *prompts_of(9), prompts_of(7, 1, 4)))
+        logprobs.sum().backward()
+        results.append((logprobs.detach(), [p.grad.clone() for p in model.parameters()]))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
+    assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(results[0][1], results[1][1]))
+
+
+@pytest.mark.parametrize("arch,settings,message", [
+    ("Qwen2", {"_attn_implementation": "eager"}, "qwen2.*eager"), ("Mistral", {"sliding_window": 8}, "mistral.*sliding"),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "qwen2.*sliding"),
+    ("Granite", {"logits_scaling": 3.0}, "granite.*nats")])
+def test_refused_architectures(arch, settings, message):
+    """DESIGN 6: eager attention with a boolean mask is silently wrong by 4 nats; windows and scaled logits are wrong too."""
+    eager = settings.pop("_attn_implementation", None)
+    model = tiny(arch, **settings)
+    if eager:
+        urpo.check_architecture(model)
+        model.set_attn_implementation(eager)
+    with pytest.raises(BadInput, match=message):
+        urpo.check_architecture(model)
+
+
+# ================================================================================================ advantages and loss
+@pytest.mark.parametrize("size,factor", [(4, 1.155), (8, 1.069), (16, 1.033)])
+def test_advantages_std(size, factor):
+    """Row 6: ddof 0 instead of 1 scales all advantages by sqrt(G / (G - 1))."""
+    rewards = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
+    expected = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
+    assert torch.allclose(group_advantages(rewards), expected, atol=1e-4)
+    biased = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True, correction=0)
+    assert torch.allclose(biased / expected, torch.full_like(biased, factor), atol=1e-3)
+    assert torch.allclose(group_advantages(rewards, scale_std=False), rewards - rewards.mean(1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale_std", [True, False])
+def test_flat_groups_are_exactly_zero(scale_std):
+    """Rows 6, 35: the standard deviation of equal rewards is not 0 in float32, so noise becomes an advantage of order 1."""
+    for value in (0.1, 0.3, 0.7, 1 / 3, -1.5):
+        for size in range(2, 17):
+            assert (group_advantages(torch.full((1, size), value), scale_std) == 0).all()
+
+
+def test_advantages_by_group():
+    """Rows 7, 8: statistics over the batch, or over groups that a shuffle tore apart or that share a prompt."""
+    rewards = torch.tensor([[1.0, 0, 0, 0], [9, 5, 5, 5], [0, 0, 0, 0], [0.2, 0.4, 0.1, 0.9]])
+    got, order = group_advantages(rewards), torch.tensor([2, 0, 3, 1])
+    assert torch.equal(group_advantages(rewards[order]), got[order])
+    assert torch.allclose(got[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-4)
+    assert all(torch.equal(group_advantages(rewards[i : i + 1])[0], got[i]) for i in range(4))
+    # scale mixing: 0/1 rewards, tau and 1-to-10 scores of the same quality weigh the same
+    assert torch.allclose(got[0], got[1], atol=1e-4)
+
+
+def test_no_signal():
+    """Hazard: a failed judgement taken as 0 pushes a good answer down. NaN is out of the statistics and has advantage 0."""
+    got = group_advantages(torch.tensor([[1.0, 3.0, NAN, 2.0], [5.0, NAN, NAN, NAN], [NAN] * 4]))
+    assert torch.allclose(got[0], torch.tensor([-1.0, 1.0, 0.0, 0.0]), atol=1e-5) and (got[1:] == 0).all()
+
+
+def batch(lengths, T=None, seed=0, dtype=torch.float64):
+    """Random log-probs (live, old, reference), advantages and mask for completions of these lengths."""
+    make, shape = torch.Generator().manual_seed(seed), (len(lengths), T or max(lengths))
+    live, old, ref = (-torch.rand(shape, generator=make, dtype=torch.float64).to(dtype) * 3 for _ in range(3))
+    mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).to(dtype)
+    return live.requires_grad_(), old, ref, torch.randn(len(lengths), generator=make, dtype=torch.float64).to(dtype), mask
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_loss_by_hand(aggregate):
+    """Rows 9, 11, token share: a mean of means, or policy and KL term over different denominators; padding that counts."""
+    live, old, ref, advantages, mask = batch([1, 5, 3, 10], 12)
+    by_hand, tokens = [], 0
+    for i, length in enumerate([1, 5, 3, 10]):
+        ratio = (live[i] - old[i]).exp()[:length]
+        surrogate = torch.minimum(ratio * advantages[i], ratio.clamp(0.7, 1.4) * advantages[i])
+        d = (ref[i] - live[i])[:length]
+        terms = -surrogate + 0.3 * (d.exp() - d - 1)
+        by_hand.append(terms.mean() if aggregate == "sequence" else terms.sum())
+    expected = sum(by_hand) / {"sequence": 4, "token": 19, "constant": 48}[aggregate]
+    loss, metrics = grpo_loss(live, old, ref, advantages, mask, clip_low=0.3, clip_high=0.4, kl_coef=0.3, aggregate=aggregate)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-9) and metrics["tokens"] == 19
+    noise = [x.detach() + (1 - mask) * 7 for x in (live, old, ref)]
+    assert grpo_loss(*noise, advantages, mask, clip_low=0.3, clip_high=0.4, kl_coef=0.3, aggregate=aggregate)[0].item() == pytest.approx(loss.item())
+    # A = 0, beta = 1: the mean KL, over the same denominator
+    kl, metrics = grpo_loss(live, old, ref, advantages * 0, mask, kl_coef=1.0, aggregate="token")
+    assert kl.item() == pytest.approx(metrics["kl"] / 19)
+
+
+@pytest.mark.parametrize("aggregate,total", [("sequence", 8), ("token", 41), ("constant", 80)])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches(aggregate, total, size):
+    """Row 9: the gradient must not depend on how a step is split into micro-batches."""
+    live, old, ref, advantages, mask = batch([1, 10, 2, 9, 3, 8, 4, 4])
+    options = dict(kl_coef=0.2, aggregate=aggregate)
+    grpo_loss(live, old, ref, advantages, mask, **options)[0].backward()
+    whole, live.grad = live.grad, None
+    for i in range(0, 8, size):
+        part = slice(i, i + size)
+        grpo_loss(live[part], old[part], ref[part], advantages[part], mask[part], denominator=total, **options)[0].backward()
+    assert torch.allclose(live.grad, whole, atol=1e-9)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_empty_and_extreme(aggregate):
+    """Rows 12, 18: 0/0 for completions that are empty or wholly masked; exp(90) = inf in float32."""
+    live, old, ref, advantages, mask = batch([3, 2], dtype=torch.float32)
+    loss, metrics = grpo_loss(live, old, ref, advantages, mask * 0, kl_coef=0.1, aggregate=aggregate)
+    loss.backward()
+    assert loss == 0 and (live.grad == 0).all() and all(map(math.isfinite, metrics.values()))
+    for shift in (90, -90):
+        loss, metrics = grpo_loss(live, live.detach(), live.detach() + shift, advantages, mask, kl_coef=0.1, aggregate=aggregate)
+        loss.backward()
+        assert loss.isfinite() and live.grad.isfinite().all() and math.isfinite(metrics["kl"])
+    grpo_loss(live[:, :0], old[:, :0], ref[:, :0], advantages, mask[:, :0], kl_coef=0.1, aggregate=aggregate)[0].backward()
+
+
+def test_on_policy_identity():
+    """Rows 13, 14: at the first update the ratio is 1, the loss is the mean advantage, the gradient is plain REINFORCE."""
+    live, _, _, advantages, mask = batch([2, 5, 3])
+    loss, metrics = grpo_loss(live, live.detach(), None, advantages, mask, aggregate="token")
+    loss.backward()
+    assert loss.item() == pytest.approx(-(advantages * mask.sum(1)).sum().item() / 10) and metrics["max_log_ratio"] == metrics["clipped"] == 0
+    assert torch.allclose(live.grad, -advantages[:, None] * mask / 10) and live.grad.norm() > 0
+
+
+@pytest.mark.parametrize("advantage,ratio,value,slope,clipped", [
+    (2.0, 1.5, -2.6, 0.0, 1), (2.0, 0.5, -1.0, -2.0, 0), (-2.0, 1.5, 3.0, 2.0, 0), (-2.0, 0.5, 1.8, 0.0, 1), (2.0, 1.25, -2.5, -2.0, 0), (-2.0, 0.85, 1.8, 0.0, 1)])
+def test_clip_sides(advantage, ratio, value, slope, clipped):
+    """Row 15: sides swapped, low and high mixed up, or a clip fraction that counts the side that min() does not take."""
+    live = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    loss, metrics = grpo_loss(live, torch.zeros_like(live), None, torch.tensor([advantage]), torch.ones(1, 1), clip_low=0.1, clip_high=0.3)
+    loss.backward()
+    assert loss.item() == pytest.approx(value) and live.grad.item() == pytest.approx(slope * ratio) and metrics["clipped"] == clipped
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_gradcheck(aggregate):
+    """Row 16: a gradient that is not that of the loss (something detached that should not be)."""
+    live, old, ref, advantages, mask = batch([3, 1, 4])
+    assert torch.autograd.gradcheck(lambda x: grpo_loss(x, old, ref, advantages, mask, kl_coef=0.5, aggregate=aggregate)[0], live)
+
+
+def test_kl_gradient():
+    """Row 17: k1 has gradient 0 in expectation; k3, as in GRPO, has that of KL(ref || pi). By enumeration of 7 outcomes."""
+    theta = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    ref = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).log_softmax(0)
+    pi = theta.log_softmax(0)
+    expected = torch.autograd.grad((ref.exp() * (ref - pi)).sum(), theta, retain_graph=True)[0]
+    per_outcome = [grpo_loss(pi[[x]][None], pi[[x]][None].detach(), ref[[x]][None], torch.zeros(1), torch.ones(1, 1), kl_coef=1.0)[0] for x in range(7)]
+    got = torch.autograd.grad(sum(p * loss for p, loss in zip(pi.detach().exp(), per_outcome)), theta)[0]
+    assert torch.allclose(got, expected, atol=1e-12) and expected.norm() > 0.1
+
+
+# ================================================================================================ one step
+def by_length(group):
+    return [float(len(ids)) + i for i, ids in enumerate(group.completions)]
+
+
+def test_who_reaches_the_loss(one_step):
+    """Rows 7, 8, 21 and two hazards: judgements of open groups in the loss; a stale judge; advantages at the wrong completion."""
+    run = one_step(rewards=None, rows=ROWS[:3] + ROWS[:3])  # every prompt twice: separate baselines
+    players, judge = run.sampled
+    assert players.n == 4 and judge.n == 1 and players.model is judge.model and not players.mode and not judge.mode
+    assert players.weights == judge.weights == run.start  # the weights of this step, before any update
+    sampled = {(tuple(g.prompt_ids), tuple(ids)) for g in run.groups for ids in g.completions}
+    assert sampled == {(tuple(p), tuple(ids)) for p, out in zip(players.prompts, players.out) for ids, _, _ in out}
+    judgements = {(tuple(p), tuple(ids)) for p, [(ids, _, _)] in zip(judge.prompts, judge.out)}
+    reached = [pair for loss in run.losses for pair in loss.rows]
+    assert set(reached) == sampled and len(reached) == 24 and not judgements & {p for f in run.forwards for r in f.rows for p in [(tuple(r.prompt), tuple(r.completions[0]))]}
+    assert run.sums["judge_tokens"] == sum(len(ids) for _, ids in judgements) or len(judgements) < len(judge.prompts)
+    advantages = group_advantages(torch.tensor([g.rewards for g in run.groups], dtype=torch.float32))
+    expected = sorted((tuple(g.prompt_ids), tuple(ids), round(a, 4)) for g, row in zip(run.groups, advantages.tolist()) for ids, a in zip(g.completions, row))
+    assert sorted((*pair, round(a, 4)) for loss in run.losses for pair, a in zip(loss.rows, loss.advantages.tolist())) == expected
+    assert (advantages != 0).any(1).sum() >= 3 and all(f.grad == (f.model is run.policy.model) for f in run.forwards)
+    assert run.sums["trained_tokens"] == sum(len(ids) for _, ids in reached) == sum(loss.mask.sum() for loss in run.losses)
+
+
+def test_ids_are_kept(one_step, tokenizer, monkeypatch):
+    """Row 21: decode and encode again turn the sampled "1", "0" into the one token "10"."""
+    one, zero = WORDS.index("1"), WORDS.index("0")
+    fixed = [([one, zero, 3], False, torch.zeros(3)), ([one, 3], False, torch.zeros(2))] * 2
+    monkeypatch.setattr(urpo, "sample", lambda model, prompts, n, *_, **__: [fixed[:n] for _ in prompts])
+    run = one_step(rows=[ROWS[0] | {"answer": "10"}])
+    assert run.groups[0].texts == ["10", "1"] * 2 and run.groups[0].rewards == [1.0, 0.0] * 2
+    assert sorted(ids for loss in run.losses for _, ids in loss.rows) == sorted([(one, zero, 3)] * 2 + [(one, 3)] * 2)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_step_does_not_depend_on_micro_batches(one_step, aggregate):
+    """Rows 9, 12: a denominator for each micro-batch instead of one for the step."""
+    runs = [one_step(rewards=by_length, aggregate=aggregate, microbatch_tokens=tokens, optimizer=torch.optim.SGD, kl_coef=0.1, learning_rate=1.0) for tokens in (60, 8192)]
+    assert len(runs[0].losses) > len(runs[1].losses)
+    changes = [torch.cat([(run.after[n] - run.before[n]).flatten() for n in run.after]) for run in runs]
+    assert changes[1].norm() > 0 and (changes[0] - changes[1]).norm() <= 1e-4 * changes[1].norm()
+    lengths = [len(ids) for g in runs[0].groups for ids in g.completions]
+    assert {loss.denominator for run in runs for loss in run.losses} == {{"sequence": 12, "token": sum(lengths), "constant": 12 * 12}[aggregate]}
+
+
+def test_master_weights(one_step):
+    """Rows 24, 13: bfloat16 weights do not move at a learning rate of 1e-6; an undetached old log-prob gives gradient 0."""
+    run = one_step(learning_rate=1e-6)
+    moments = [v for state in run.optimizer.state.values() for v in state.values() if v.dim()]
+    assert {x.dtype for x in [*run.after.values(), *moments]} == {torch.float32} and moments
+    changed = sum((run.after[n] != run.before[n]).sum() for n in run.after) / sum(p.numel() for p in run.after.values())
+    assert changed > 0.5 and run.sums["grad_norm"] > 1e-3 and run.sums["logprob_gap"] / run.sums["tokens"] < 1e-5
+
+
+def test_two_updates_on_one_rollout(one_step):
+    """Row 13: old log-probs that follow the policy; the ratio is 1 in the first update and not in the second."""
+    run = one_step(updates_per_rollout=2, learning_rate=1e-2)
+    first, second = run.losses[: len(run.losses) // 2], run.losses[len(run.losses) // 2 :]
+    for a, b in zip(first, second):
+        assert a.metrics["max_log_ratio"] < 1e-5 and b.metrics["max_log_ratio"] > 1e-2 and torch.equal(a.old, b.old) and not a.old.requires_grad
+    assert run.sums["trained_tokens"] == sum(loss.metrics["tokens"] for loss in first)
+    single = one_step()
+    assert all(torch.equal(loss.logprobs, loss.old) for loss in single.losses)  # on-policy: exactly 1
+
+
+@pytest.mark.parametrize("kl_coef", [0, 0.1])
+def test_flat_groups_and_no_signal_in_the_loss(one_step, kl_coef):
+    """DESIGN 5: who is in numerator and denominator: flat groups are unless dropped, completions with no signal are not."""
+    rewards = {"verifiable": [1.0, 0.0, 0.0, NAN], "preference": [0.5] * 4, "open": [NAN] * 4}
+    for drop, total, expected in ((False, 7, 7 if kl_coef else 3), (True, 3, 3)):
+        run = one_step(rewards=lambda g: rewards[g.row["kind"]], kl_coef=kl_coef, drop_flat_groups=drop)
+        assert {loss.denominator for loss in run.losses} == {total} and sum(int((loss.mask.sum(1) > 0).sum()) for loss in run.losses) == expected
+        assert all(p.isfinite().all() for p in run.after.values()) and math.isfinite(run.sums["loss"])
+
+
+def test_masked_truncated(one_step):
+    """Row 31: a truncated completion leaves the loss but stays in its group's baseline and in the length log."""
+    for mask_truncated in (False, True):
+        run = one_step(rewards=by_length, mask_truncated=mask_truncated, max_new_tokens=20, judge_max_new_tokens=20, group_size=12, stop_tokens="w1,w2,w3,w4")
+        truncated = [t for g in run.groups for t in g.truncated]
+        assert 0 < sum(truncated) < 36
+        assert {loss.denominator for loss in run.losses} == {36 - sum(truncated) * mask_truncated} == {sum(len(loss.rows) for loss in run.losses)}
+        advantages = group_advantages(torch.tensor([g.rewards for g in run.groups]))
+        kept = sorted(round(a, 4) for g, row in zip(run.groups, advantages.tolist()) for a, t in zip(row, g.truncated) if not (t and mask_truncated))
+        assert sorted(round(a, 4) for loss in run.losses for a in loss.advantages.tolist()) == pytest.approx(kept)
+        record = urpo.kind_metrics([urpo.group_record(g) for g in run.groups])
+        assert record["length/open"] == pytest.approx(sum(map(len, run.groups[2].completions)) / 12)
+
+
+def test_judge_collapse(one_step, monkeypatch):
+    """Hazard: a judge that gives everything a 7 (or never parses) must be loss 0 and a metric of 1.0, never NaN."""
+    for verdict, flat, silent in ((lambda text, n: [7.0] * n, 1.0, 0.0), (lambda text, n: None, 1.0, 1.0)):
+        monkeypatch.setitem(globals(), "fake_parse", verdict)
+        run = one_step(rows=ROWS[1:3], kl_coef=0)
+        metrics = urpo.kind_metrics([urpo.group_record(g) for g in run.groups])
+        assert run.sums["loss"] == run.sums["grad_norm"] == 0 and metrics["flat/open"] == metrics["flat/preference"] == flat
+        assert metrics["no_signal/open"] == silent and not any(map(math.isnan, metrics.values()))
+        assert all(torch.equal(run.after[n], run.before[n]) for n in run.after)
+
+
+def test_learns(settings, folder, monkeypatch):
+    """Row 30: a sign, a shift or a mask that is wrong somewhere: the rewarded token must become likely within 30 steps."""
+    config, lucky = settings(max_new_tokens=1, group_size=16, kl_coef=0, learning_rate=3e-3), WORDS.index("w7")
+    monkeypatch.setitem(KINDS, "open", dataclasses.replace(KINDS["open"], rewards=lambda groups, *_: [[float(ids[0] == lucky) for ids in g.completions] for g in groups]))
+    ranks = urpo.Ranks(config)
+    policy = urpo.load_actor(folder, config, ranks, True)
+    optimizer, row = urpo.new_optimizer(policy.model, config.learning_rate, config), ROWS[2]
+    ids = urpo.encode(policy.tokenizer, row["prompt"])
+    chance = lambda: completion_logprobs(policy.model, ids, [[lucky]])[0].exp().item()
+    before = chance()
+    for step in range(30):
+        urpo.urpo_step(policy, policy, None, optimizer, [row] * 4, step, config, ranks)
+    assert before < 0.05 and chance() > 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1234, 20240101])
+def test_seeds_of_steps_and_ranks(one_step, monkeypatch, seed):
+    """Row 28: ranks or steps that draw the same samples."""
+    seeds = []
+    def stop(*args, **kwargs):
+        seeds.append(torch.initial_seed())
+        raise InterruptedError
+    monkeypatch.setattr(urpo, "rollout", stop)
+    real = urpo.Ranks.__init__
+    for step in (0, 1, 10, 100, 1000, 1001, 10000):
+        for rank in (0, 1, 10):
+            monkeypatch.setattr(urpo.Ranks, "__init__", lambda self, config: (real(self, config), setattr(self, "rank", rank))[0])
+            with pytest.raises(InterruptedError):
+                one_step(seed=seed, step=step, kl_coef=0)
+    assert len(set(seeds)) == 21
