@@ -281,7 +281,7 @@ def sums(n, rng):
     """n verifiable sums, and n // 2 preference rows of four worked solutions to other ones.
 
     Easy on purpose: a 135M model gets about a third of single-digit sums right, and a group that is all right
-    or all wrong teaches nothing. Scores: 1 right; 0.3 right working but wrong box; 0 wrong working."""
+    or all wrong teaches nothing. Scores: 1 right; 0.6 right working, wrong box; 0.3 wrong; 0 another problem."""
     if not 0 < n <= MOST_SUMS:
         raise urpo.BadInput(f"sums:{n}: ask for 1 to {MOST_SUMS}, there are not many more easy sums")
     problems = {}
@@ -294,12 +294,12 @@ def sums(n, rng):
     problems = list(problems.items())
     tasks = [task("verifiable", user(text), answer=str(right)) for text, (_, _, _, right) in problems[:n]]
     for text, (a, op, b, right) in problems[n:]:
-        responses, scores = [], [1.0, 0.0, *rng.choices((1.0, 0.3, 0.0), k=2)]
-        for working, score in zip(rng.sample(WORKINGS, 4), scores):
-            wrong = rng.choice([near for near in range(right - 3, right + 4) if near >= 0 and near != right])
-            responses.append(working.format(a=a, op=op, b=b, work=wrong if score == 0 else right,
-                                            box=right if score == 1 else wrong))
-        tasks.append(task("preference", user(text), responses=responses, scores=scores))
+        wrong = rng.choice([near for near in range(right - 3, right + 4) if near >= 0 and near != right])
+        _, (x, other_op, y, other) = rng.choice(problems)
+        graded = [(a, op, b, right, right), (a, op, b, right, wrong), (a, op, b, wrong, wrong), (x, other_op, y, other, other)]
+        responses = [working.format(a=a, op=op, b=b, work=work, box=box)
+                     for working, (a, op, b, work, box) in zip(rng.sample(WORKINGS, 4), graded)]
+        tasks.append(task("preference", user(text), responses=responses, scores=[1.0, 0.6, 0.3, 0.0]))
     return tasks
 
 
