@@ -4,6 +4,7 @@
     python data_prep.py --out data/small sums:2000 my.jsonl openai/gsm8k@main:500 --exclude test.jsonl
     python data_prep.py --out data/prompts pairs.parquet --as open            keep the prompts only
     python data_prep.py --check data/train.jsonl                              list every bad row of a file
+    python data_prep.py --pretrain_tiny assets/tiny        the base model of the tiny world, again from nothing
 
 A source is FILE_OR_NAME[@CONFIG][#SPLIT][:LIMIT], as in openai/gsm8k@main#test:200. It is a json, jsonl or
 parquet file (.json may hold one array, a line may be a bare JSON string), a Hub name, a json file on the Hub
@@ -481,7 +482,274 @@ def split(rows, heldout, rng):
     return sides
 
 
-# ------------------------------------------------------------------------------------------- the two commands
+# ------------------------------------------------------------------------------ the tiny world
+# A little language with ground truth for all three kinds of task, and a small model that speaks it badly.
+#
+# Instructions ask for lists of words (open), or how many different words of a category stand in a list (verifiable). Two
+# sorts of people wrote what the base model was pretrained on. The hasty ones, most of them, answer at once: they count
+# repeats, drift off the topic when they list, and score a response by its length. The careful ones write down what they
+# see first. So the base model's habit, its greedy answer, is the hasty one, and it holds something better that RL can
+# find. Careful critics know what belongs to a category, but most count a repeated word twice: that is what preference rows
+# can teach the referee, and what a frozen referee can be fooled with.
+CATEGORIES = {name: words.split() for name, words in {
+    "fruits": "apple pear plum grape lemon cherry mango melon fig peach",
+    "animals": "dog cat horse cow sheep goat lion bear wolf fox",
+    "colors": "red blue green black white brown pink grey gold purple",
+    "tools": "hammer saw drill file axe rake spade knife chisel wrench",
+}.items()}
+CATEGORY_OF = {word: name for name, words in CATEGORIES.items() for word in words}
+LENGTHS = (2, 3, 4)  # how many words an instruction asks for
+HELD_OUT = {("fruits", 3), ("animals", 4), ("colors", 2)}  # open instructions that are never trained on
+CAREFUL = 0.35  # share of careful people: a minority, so that greedy decoding is hasty
+MINDFUL = 0.3  # share of careful critics who do not count repeats
+LIST_SIZES = (2, 3)  # responses in a judge prompt: few, for binding labels to words is what a tiny model is bad at
+
+
+def tiny_wish(prompt_text: str) -> tuple[int, str]:
+    """(how many words, category) of an open instruction."""
+    number, category = re.search(r"(\d+) different (\w+)", prompt_text).groups()
+    return int(number), category
+
+
+def tiny_quality(prompt_text: str, response_text: str) -> float:
+    """The true quality of an open response, in [0, 1]: different words of the category, over the words asked for or
+    written, whichever is more."""
+    number, category = tiny_wish(prompt_text)
+    words = response_text.split()
+    return len({word for word in words if CATEGORY_OF.get(word) == category}) / max(number, len(words))
+
+
+def tiny_instruction(rng: random.Random, held_out: bool) -> str:
+    combinations = [(c, n) for c in CATEGORIES for n in LENGTHS if ((c, n) in HELD_OUT) == held_out]
+    category, number = rng.choice(combinations)
+    return f"{rng.choice(['List', 'Name'])} {number} different {category}"
+
+
+def tiny_response(rng: random.Random, instruction: str, foreign: float, repeat: float, length: float) -> str:
+    """A list with faults: a word is of another category, or a repeat, with these chances; `length` is the chance of
+    every word too many or too few."""
+    number, category = tiny_wish(instruction)
+    shift = rng.choice((-1, 1))
+    while rng.random() < length and 1 <= number + shift <= 6:  # 6 keeps judge prompts short
+        number += shift
+    words: list[str] = []
+    for _ in range(number):
+        draw = rng.random()
+        if draw < foreign:
+            words.append(rng.choice([w for w in CATEGORY_OF if CATEGORY_OF[w] != category]))
+        elif words and draw < foreign + repeat:
+            words.append(rng.choice(words))
+        else:
+            words.append(rng.choice([w for w in CATEGORIES[category] if w not in words]))
+    return " ".join(words)
+
+
+def tiny_player(rng: random.Random, instruction: str, careful: float = CAREFUL) -> str:
+    """What people answer to an open instruction: mediocre, most of them."""
+    if rng.random() < careful:
+        return tiny_response(rng, instruction, foreign=0.05, repeat=0.05, length=0.1)
+    return tiny_response(rng, instruction, foreign=0.5, repeat=0.1, length=0.4)
+
+
+def tiny_responses(rng: random.Random, instruction: str, count: int) -> list[str]:
+    """`count` responses of different quality for a judge, flawless and hopeless ones among them: a policy in training
+    writes better and stranger responses than people do."""
+    while True:
+        responses = [tiny_response(rng, instruction, rng.choice((0, 0.3, 0.6, 1)), rng.choice((0, 0, 0, 0.5)), 0.3)
+                     for _ in range(count)]
+        if len({tiny_quality(instruction, response) for response in responses}) == count:
+            return responses
+
+
+def tiny_problem(rng: random.Random) -> tuple[str, list[str], list[str]]:
+    """(text, words that count with repeats, the same without): how many different words of a category are in a list?"""
+    category, other = rng.sample(list(CATEGORIES), 2)
+    few = rng.sample(CATEGORIES[category], rng.randint(2, 5))
+    words = [rng.choice(few) if rng.random() < 0.7 else rng.choice(CATEGORIES[other]) for _ in range(rng.randint(4, 7))]
+    found = [word for word in words if CATEGORY_OF[word] == category]
+    return f"Count the different {category} in: {' '.join(words)}", found, list(dict.fromkeys(found))
+
+
+def tiny_count(rng: random.Random, found: list[str], different: list[str], careful: float = CAREFUL) -> str:
+    """A worked or a hasty answer to a counting problem."""
+    if rng.random() < careful:
+        seen = [word for word in different if rng.random() > 0.03]
+        return " ".join([*seen, "\\boxed{", str(len(seen)), "}"])
+    number = max(0, len(found) + (rng.choice((-1, 1)) if rng.random() < 0.4 else 0))
+    return f"\\boxed{{ {number} }}"
+
+
+def tiny_judgement(rng: random.Random, instruction: str, responses: list[str], careful: float = CAREFUL) -> str:
+    """A critique (careful critics only: "A 3" is response A, 3 words that count) and the score block."""
+    number, category = tiny_wish(instruction)
+    lines, scores = [], []
+    if rng.random() < careful:
+        mindful = rng.random() < MINDFUL
+        for label, response in zip("ABC", responses):
+            good = [word for word in response.split() if CATEGORY_OF[word] == category]
+            count = len(set(good)) if mindful else len(good)
+            lines.append(f"{label} {count}")
+            scores.append(min(10, max(1, round(1 + 9 * min(1, count / number) + rng.gauss(0, 0.5)))))
+    else:  # longer looks better, about; the spread is wide enough that it is mostly chance
+        looks = [len(response.split()) + rng.gauss(0, 3) for response in responses]
+        marks = sorted(rng.sample(range(1, 11), len(responses)))
+        scores = [marks[sorted(looks).index(look)] for look in looks]
+    block = [f"{label}: {score}" for label, score in zip("ABC", scores)]
+    return "\n".join([*lines, "<scores>", *block, "</scores>"])
+
+
+def tiny_row(rng: random.Random, kind: str, held_out: bool) -> dict:
+    if kind == "verifiable":
+        text, _, different = tiny_problem(rng)
+        return {"kind": kind, "prompt": text, "answer": str(len(different)), "source": "tiny"}
+    text = tiny_instruction(rng, held_out)
+    if kind == "open":
+        return {"kind": kind, "prompt": text, "source": "tiny"}
+    responses = tiny_responses(rng, text, rng.choice(LIST_SIZES))
+    scores = [round(10 * tiny_quality(text, response), 2) for response in responses]
+    return {"kind": kind, "prompt": text, "responses": responses, "scores": scores, "source": "tiny"}
+
+
+TINY_ROWS = {"train": (2500, 2500, 2500), "heldout": (300, 200, 100)}  # verifiable, preference, open
+
+
+def make_tiny(out: Path, seed: int = 0) -> None:
+    """Write OUT/train.jsonl and OUT/heldout.jsonl. No held-out problem and no held-out instruction is trained on."""
+    out.mkdir(parents=True, exist_ok=True)
+    problems = set()
+    for name, counts in TINY_ROWS.items():
+        rng, rows = random.Random(f"{seed}/tiny/{name}"), []
+        for kind, count in zip(("verifiable", "preference", "open"), counts):
+            while sum(row["kind"] == kind for row in rows) < count:
+                row = tiny_row(rng, kind, name == "heldout")
+                if kind != "verifiable" or row["prompt"] not in problems:
+                    rows.append(row)
+                    problems.add(row["prompt"])
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+TINY_CHAT = ("{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
+             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def tiny_fixed_text() -> list[str]:
+    """The passages of judge and problem prompts that never change: each becomes one token. They are found by calling the
+    template with probes."""
+    nonce, probe, passages = "0a0a0a", "probe probe", []
+    for count in range(1, 5):
+        text = urpo.judge_messages([{"role": "user", "content": probe}], [probe] * count, nonce)[0]["content"]
+        passages += [part.strip() for part in re.split(rf"\[{nonce}\]|{probe}", text)]
+    return [p for p in dict.fromkeys([urpo.BOX, *passages]) if len(p.split()) > 2]
+
+
+def tiny_tokenizer():
+    """A word is a token; so are a newline and each fixed passage. Unknown words (the nonce) are [UNK]."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|end|>", "[UNK]", "<|system|>", "<|user|>", "<|assistant|>"]
+    words = "\n List Name different Count the in: Instruction Response End <scores> </scores> \\boxed{ }".split(" ")
+    words += [*map(str, range(11)), *"ABCD", "A:", "B:", "C:", "D:", *CATEGORIES, *CATEGORY_OF]
+    vocabulary = {token: i for i, token in enumerate(special + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split("\n", "isolated")])
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins the words with spaces
+    tokenizer.add_special_tokens([AddedToken(t, lstrip=True, rstrip=True) for t in special])
+    tokenizer.add_tokens([AddedToken(p, lstrip=True, rstrip=True, normalized=False) for p in tiny_fixed_text()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", unk_token="[UNK]",
+        chat_template=TINY_CHAT, padding_side="left", model_max_length=256, clean_up_tokenization_spaces=False)
+
+
+def tiny_demonstrations(rng: random.Random, count: int, careful: float, sizes: tuple[int, ...]):
+    """(chat messages, completion) pairs to pretrain on, through the trainer's own prompts."""
+    pairs = []
+    for _ in range(count):
+        kind = rng.choices(("judge", "count", "list"), (0.6, 0.25, 0.15))[0]  # judging is the hardest to learn
+        if kind == "count":
+            text, found, different = tiny_problem(rng)
+            messages = [{"role": "user", "content": f"{text}\n{urpo.BOX}"}]
+            pairs.append((messages, tiny_count(rng, found, different, careful)))
+            continue
+        text = tiny_instruction(rng, held_out=False)
+        messages = [{"role": "user", "content": text}]
+        if kind == "list":
+            pairs.append((messages, tiny_player(rng, text, careful)))
+            continue
+        responses = tiny_responses(rng, text, rng.choice(sizes))
+        nonce = f"{rng.getrandbits(24):06x}"
+        pairs.append((urpo.judge_messages(messages, responses, nonce), tiny_judgement(rng, text, responses, careful)))
+    return pairs
+
+
+def muon_step(matrices, momenta, lr: float) -> None:
+    """One step of Muon (orthogonalized momentum, Jordan 2024) on weight matrices; those of one shape go as one stack."""
+    import torch
+
+    for shape in dict.fromkeys(m.shape for m in matrices):
+        same = [m for m in matrices if m.shape == shape]
+        gradient = torch.stack([m.grad for m in same])
+        momentum = momenta.setdefault(shape, torch.zeros_like(gradient)).lerp_(gradient, 0.05)
+        update = gradient.lerp(momentum, 0.95)  # Nesterov
+        update = update / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):  # Newton-Schulz with Muon's usual coefficients: singular values go to about 1
+            square = update @ update.mT
+            update = 3.4445 * update + (2.0315 * square @ square - 4.775 * square) @ update
+        for matrix, change in zip(same, update):
+            matrix.data.sub_(change, alpha=lr * 0.2 * max(shape) ** 0.5)  # 0.2 sqrt(n): the size of an AdamW step
+
+
+def pretrain_tiny(out: Path, seed: int = 0, steps: int = 2400) -> None:
+    """Make the base model of assets/tiny: tokenizer, pretraining on demonstrations, one Hugging Face folder."""
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    rng, tokenizer = random.Random(seed), tiny_tokenizer()
+    end, batch, rate = tokenizer.eos_token_id, 32, 4e-3
+    # Llama, for with model_type qwen2 AutoTokenizer insists on Qwen2's own tokenizer class
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=256, max_position_embeddings=256, tie_word_embeddings=True, rope_theta=1000.0,
+        bos_token_id=None, eos_token_id=end, pad_token_id=tokenizer.pad_token_id))
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    adam = torch.optim.AdamW(others, weight_decay=0.0)
+    momenta, batches = {}, []
+    for step in (bar := tqdm(range(steps), desc="pretraining")):
+        if not batches:  # 50 batches of new demonstrations, sorted by length so that there is little padding
+            # careful work alone teaches the skill, on lists of one, then of two; the rest is people as they are
+            done = step / steps
+            sizes = (1,) if done < 0.15 else (1, 2) if done < 0.3 else LIST_SIZES
+            pairs = tiny_demonstrations(rng, 50 * batch, 1.0 if done < 0.6 else CAREFUL, sizes)
+            prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m, _ in pairs]
+            answers = [text + "<|end|>" for _, text in pairs]
+            rows = sorted(zip(tokenizer(prompts).input_ids, tokenizer(answers).input_ids),
+                          key=lambda row: len(row[0]) + len(row[1]))
+            batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+            rng.shuffle(batches)
+        rows = batches.pop()
+        longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+        # padding on the right needs no attention mask: nothing real comes after it; only answers are learned
+        ids = torch.tensor([p + a + [end] * (longest - len(p) - len(a)) for p, a in rows])
+        labels = torch.tensor([[-100] * len(p) + a + [-100] * (longest - len(p) - len(a)) for p, a in rows])
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        now = rate * min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))  # warm up, hold, fall to 0
+        adam.param_groups[0]["lr"] = now
+        adam.step()
+        muon_step(matrices, momenta, now)
+        bar.set_postfix(loss=f"{loss.item():.2f}")
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    model.to(torch.bfloat16).save_pretrained(out)  # half the size; the trainer computes in float32
+    tokenizer.save_pretrained(out)
+
+
+# ------------------------------------------------------------------------------------------- the commands
 def check(path):
     """Print every row of a JSONL file that cannot be trained on; True if there is none."""
     good = bad = 0
@@ -540,13 +808,17 @@ def main(argv=None):
     add("--max_chars", type=int, default=16000, metavar="N",
         help="drop longer rows, all fields counted (default 16000: some 4,000 tokens, which a judge prompt "
              "holds without cutting responses)")
+    add("--tiny", metavar="DIR", help="write the rows of the tiny world (urpo.py does it by itself)")
+    add("--pretrain_tiny", metavar="DIR", help="make its base model again, as it is in assets/tiny")
     add("--seed", type=int, default=0, help="of every random choice (default 0)")
     options = parser.parse_args(argv)
-    if bool(options.check) == bool(options.out) or options.heldout < 0:
-        parser.error("expected either --out DIR or --check FILE, and --heldout of 0 or more")
+    chosen = [name for name in ("check", "out", "tiny", "pretrain_tiny") if getattr(options, name)]
+    if len(chosen) != 1 or options.heldout < 0:
+        parser.error("expected one of --out, --check, --tiny, --pretrain_tiny, and --heldout of 0 or more")
     if options.check:
         raise SystemExit(0 if check(options.check) else 1)
-    prepare(options)
+    {"out": lambda: prepare(options), "tiny": lambda: make_tiny(Path(options.tiny), options.seed),
+     "pretrain_tiny": lambda: pretrain_tiny(Path(options.pretrain_tiny), options.seed)}[chosen[0]]()
 
 
 if __name__ == "__main__":

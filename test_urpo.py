@@ -1,4 +1,7 @@
-"""Tests of urpo.py on tiny random models: CPU, no network, about a minute. Every docstring names the bug that it guards against."""
+"""Tests of urpo.py on tiny random models: CPU, no network, about a minute.
+
+Every docstring names the bug that its test guards against. "Rows" and "hazards" are those of the project's list of bugs that
+real GRPO and self-reward code had."""
 import dataclasses
 import doctest
 import json
@@ -12,7 +15,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: without network every look-up would be tried five times
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: without a network every look-up would be tried five times
 
 import pytest
 import tokenizers
@@ -116,8 +119,8 @@ def one_step(settings, monkeypatch):
 
         def sample(model, prompts, n, *args, **kwargs):
             out = real["sample"](model, prompts, n, *args, **kwargs)
-            seen.sampled.append(SimpleNamespace(model=model, prompts=prompts, n=n, out=out, weights=fingerprint(),
-                mode=model.training))
+            call = SimpleNamespace(model=model, prompts=prompts, n=n, out=out, weights=fingerprint(), mode=model.training)
+            seen.sampled.append(call)
             return out
 
         def row_logprobs(model, packed, temperature):
@@ -128,24 +131,21 @@ def one_step(settings, monkeypatch):
         def loss(logprobs, old, ref, advantages, mask, **kwargs):
             out = real["grpo_loss"](logprobs, old, ref, advantages, mask, **kwargs)
             rows = [(tuple(row.prompt), tuple(c)) for row in seen.forwards[-1].rows for c in row.completions]
-            seen.losses.append(SimpleNamespace(rows=rows, logprobs=logprobs.detach().clone(), old=old, advantages=advantages,
-                mask=mask,
-                                               metrics=out[1], value=out[0].item(), **kwargs))
+            seen.losses.append(SimpleNamespace(rows=rows, logprobs=logprobs.detach().clone(), old=old, mask=mask, metrics=out[1],
+                                               advantages=advantages, **kwargs))
             return out
 
         with monkeypatch.context() as patch:
-            for name, replacement in (("sample", sample), ("row_logprobs", row_logprobs), ("grpo_loss", loss),
-                    ("parse_scores", fake_parse)):
-                patch.setattr(urpo, name, replacement)
-            if rewards:
-                for name, kind in list(KINDS.items()):
-                    patch.setitem(KINDS, name, dataclasses.replace(kind, rewards=lambda groups,
-                        *_: [rewards(g) for g in groups]))
+            for replacement in (sample, row_logprobs):
+                patch.setattr(urpo, replacement.__name__, replacement)
+            patch.setattr(urpo, "grpo_loss", loss)
+            patch.setattr(urpo, "parse_scores", fake_parse)
+            for name, kind in list(KINDS.items()) if rewards else []:
+                patch.setitem(KINDS, name, dataclasses.replace(kind, rewards=lambda groups, *_: [rewards(g) for g in groups]))
             rows = [row | {"prompt": urpo.chat(row["prompt"])} for row in rows]
             seen.optimizer = optimizer(policy.model.parameters(), lr=config.learning_rate)
             seen.start = fingerprint()
-            seen.groups, seen.sums, seen.seconds = urpo.urpo_step(policy, policy, reference, seen.optimizer, rows, step,
-                config, ranks)
+            seen.groups, seen.sums, _ = urpo.urpo_step(policy, policy, reference, seen.optimizer, rows, step, config, ranks)
         seen.after = dict(policy.model.named_parameters())
         return seen
     return run
@@ -165,16 +165,16 @@ def plain_logprobs(model, prompt, completion, temperature=1.0):
 # ================================================================================================ sampler
 @pytest.mark.parametrize("arch", ["Qwen2", "Llama"])
 def test_sampler_and_trainer_agree(arch):
-    """Rows 1, 2, 4: log-probs shifted by one (2.4 nats) or taken without the temperature (.5); results out of order over batches."""
+    """Rows 1, 2, 4: log-probs shifted by one (2.4 nats) or without the temperature (.5); results out of order."""
     model, prompts, limits = tiny(arch), prompts_of(3, 19, 6, 1, 11), [5, 9, 5, 12, 9]
     torch.manual_seed(0)
     out = urpo.sample(model, prompts, 3, limits, 0.7, list(range(0, 97, 12)), max_tokens=130)
     for prompt, limit, completions in zip(prompts, limits, out):
         assert len(completions) == 3 and all(len(ids) <= limit for ids, _, _ in completions)
-        for (ids, _, sampled), trained in zip(completions,
-                completion_logprobs(model, prompt, [c[0] for c in completions], 0.7)):
-            assert torch.allclose(sampled, trained, atol=1e-4) and torch.allclose(sampled,
-                plain_logprobs(model, prompt, ids, 0.7), atol=1e-4)
+        packed = completion_logprobs(model, prompt, [ids for ids, _, _ in completions], 0.7)
+        for (ids, _, sampled), trained in zip(completions, packed):
+            assert torch.allclose(sampled, trained, atol=1e-4)
+            assert torch.allclose(sampled, plain_logprobs(model, prompt, ids, 0.7), atol=1e-4)
     every = [(plain_logprobs(model, p, ids), lp) for p, group in zip(prompts, out) for ids, _, lp in group]
     assert max((a - b).abs().max() for a, b in every) > 0.1  # the temperature matters, so the comparison above can fail
 
@@ -219,9 +219,9 @@ def test_greedy_equals_plain_generate(arch, tied):
     for stops in ([3], list(range(60))):
         out = urpo.sample(model, prompts, 2, [70] * 5, 0, stops, max_tokens=600)
         for prompt, completions in zip(prompts, out):
-            plain = model.generate(torch.tensor([prompt]), max_new_tokens=70, do_sample=False, eos_token_id=stops,
-                pad_token_id=0)[0, len(prompt):]
-            assert all(ids == plain.tolist() for ids, _, _ in completions)
+            options = dict(max_new_tokens=70, do_sample=False, eos_token_id=stops, pad_token_id=0)
+            plain = model.generate(torch.tensor([prompt]), **options)[0, len(prompt):].tolist()
+            assert all(ids == plain for ids, _, _ in completions)
 
 
 @pytest.mark.parametrize("stops", [[3], [40], list(range(40)), list(range(39, -1, -1))])
@@ -238,11 +238,11 @@ def test_stop_tokens(stops):
 
 def test_stop_token_ids(folder, tokenizer):
     """Row 5: a chat template ends turns with another token than the model's own EOS."""
-    assert urpo.stop_token_ids(tokenizer, transformers.GenerationConfig(eos_token_id=4)) == [3, 4]
-    assert urpo.stop_token_ids(tokenizer, transformers.GenerationConfig(eos_token_id=None), "<|im_end|>,w1") == [3, 4,
-        WORDS.index("w1")]
+    none, four = transformers.GenerationConfig(eos_token_id=None), transformers.GenerationConfig(eos_token_id=4)
+    assert urpo.stop_token_ids(tokenizer, four) == [3, 4]
+    assert urpo.stop_token_ids(tokenizer, none, "<|im_end|>,w1") == [3, 4, WORDS.index("w1")]
     with pytest.raises(BadInput, match="nosuch"):
-        urpo.stop_token_ids(tokenizer, transformers.GenerationConfig(), "nosuch")
+        urpo.stop_token_ids(tokenizer, none, "nosuch")
 
 
 def test_sampler_sees_new_weights(one_step):
@@ -260,8 +260,8 @@ def test_sampler_sees_new_weights(one_step):
 GROUPS = [(40, (1, 7, 0, 4, 12)), (2, (30, 50, 9)), (9, (0,)), (5, (3, 3, 3))]
 
 
-@pytest.mark.parametrize("arch,tied", [("Qwen2", False), ("Qwen2", True), ("Llama", False), ("Llama", True),
-    ("Olmo2", False)])
+@pytest.mark.parametrize("arch,tied", [
+    ("Qwen2", False), ("Qwen2", True), ("Llama", False), ("Llama", True), ("Olmo2", False)])
 @pytest.mark.parametrize("microbatch_tokens", [48, 4096])
 def test_packed_equals_plain(arch, tied, microbatch_tokens):
     """DESIGN 6: completions that see each other, positions that do not restart, a first token predicted by the wrong place."""
@@ -271,8 +271,8 @@ def test_packed_equals_plain(arch, tied, microbatch_tokens):
     weights = [torch.randn(len(c), generator=torch.Generator().manual_seed(i)) for i, (_, c) in enumerate(flat)]
     batches = urpo.pack(groups, 64, microbatch_tokens)
     together = [len(row.completions) for rows in batches for row in rows if len(row.prompt) == 40]
-    assert (len(together) == 1) == (microbatch_tokens == 4096) and sorted(o for b in batches for r in b
-        for o in r.owners) == list(range(len(flat)))
+    assert (len(together) == 1) == (microbatch_tokens == 4096)
+    assert sorted(o for rows in batches for row in rows for o in row.owners) == list(range(len(flat)))
     assert all(len(rows) == 1 or len(rows) * max(map(len, rows)) <= microbatch_tokens for rows in batches)
 
     def gradient(total):
@@ -302,17 +302,16 @@ def test_padding_ids_change_nothing():
         other[1, len(rows[1]):] = 55
         assert not torch.equal(ids, other)
         a, b = (urpo.token_logprobs(model, x, positions, mask, sources, targets, 1.0) for x in (ids, other))
-        assert torch.equal(a, b) and torch.allclose(a[-len(a) // 2:], torch.cat(urpo.row_logprobs(model, rows[1:], 1.0)),
-            atol=0.02)
+        alone = torch.cat(urpo.row_logprobs(model, rows[1:], 1.0))
+        assert torch.equal(a, b) and torch.allclose(a[-len(alone):], alone, atol=0.02)
 
 
 def test_softmax_in_float32_and_chunks(monkeypatch):
     """Rows 22, 23: a softmax in bfloat16 (.03 nats); chunks of the head that lose or double a gradient."""
     torch.manual_seed(0)
-    head, hidden, targets = torch.nn.Linear(64, 5000, dtype=torch.bfloat16), torch.randn(8,
-        64).bfloat16() * 4, torch.arange(8)
-    got, exact = urpo.head_logprobs(head, hidden, targets, 0.7), (head(hidden).double() / 0.7).log_softmax(-1)[range(8),
-        targets]
+    head, hidden = torch.nn.Linear(64, 5000, dtype=torch.bfloat16), torch.randn(8, 64).bfloat16() * 4
+    got = urpo.head_logprobs(head, hidden, torch.arange(8), 0.7)
+    exact = (head(hidden).double() / 0.7).log_softmax(-1).diagonal()
     assert got.dtype == torch.float32 and (got - exact).abs().max() < 1e-5
     model, results = tiny(), []
     for chunk in (512, 3):
@@ -326,16 +325,15 @@ def test_softmax_in_float32_and_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("arch,settings,message", [
-    ("Qwen2", {"_attn_implementation": "eager"}, "qwen2.*eager"), ("Mistral", {"sliding_window": 8}, "mistral.*sliding"),
+    ("Qwen2", {}, "qwen2.*eager"), ("Mistral", {"sliding_window": 8}, "mistral.*sliding"),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "qwen2.*sliding"),
     ("Granite", {"logits_scaling": 3.0}, "granite.*nats")])
 def test_refused_architectures(arch, settings, message):
     """DESIGN 6: eager attention with a boolean mask is silently wrong by 4 nats; windows and scaled logits are wrong too."""
-    eager = settings.pop("_attn_implementation", None)
     model = tiny(arch, **settings)
-    if eager:
+    if not settings:
         urpo.check_architecture(model)
-        model.set_attn_implementation(eager)
+        model.set_attn_implementation("eager")
     with pytest.raises(BadInput, match=message):
         urpo.check_architecture(model)
 
@@ -389,7 +387,7 @@ def batch(lengths, T=None, seed=0, dtype=torch.float64):
 def test_loss_by_hand(aggregate):
     """Rows 9, 11, token share: a mean of means, or policy and KL term over different denominators; padding that counts."""
     live, old, ref, advantages, mask = batch([1, 5, 3, 10], 12)
-    by_hand, tokens = [], 0
+    by_hand = []
     for i, length in enumerate([1, 5, 3, 10]):
         ratio = (live[i] - old[i]).exp()[:length]
         surrogate = torch.minimum(ratio * advantages[i], ratio.clamp(0.7, 1.4) * advantages[i])
@@ -400,8 +398,8 @@ def test_loss_by_hand(aggregate):
     loss, metrics = grpo_loss(live, old, ref, advantages, mask, clip_low=0.3, clip_high=0.4, kl_coef=0.3, aggregate=aggregate)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-9) and metrics["tokens"] == 19
     noise = [x.detach() + (1 - mask) * 7 for x in (live, old, ref)]
-    assert grpo_loss(*noise, advantages, mask, clip_low=0.3, clip_high=0.4, kl_coef=0.3,
-        aggregate=aggregate)[0].item() == pytest.approx(loss.item())
+    again, _ = grpo_loss(*noise, advantages, mask, clip_low=0.3, clip_high=0.4, kl_coef=0.3, aggregate=aggregate)
+    assert again.item() == pytest.approx(loss.item())
     # A = 0, beta = 1: the mean KL, over the same denominator
     kl, metrics = grpo_loss(live, old, ref, advantages * 0, mask, kl_coef=1.0, aggregate="token")
     assert kl.item() == pytest.approx(metrics["kl"] / 19)
@@ -429,8 +427,8 @@ def test_empty_and_extreme(aggregate):
     loss.backward()
     assert loss == 0 and (live.grad == 0).all() and all(map(math.isfinite, metrics.values()))
     for shift in (90, -90):
-        loss, metrics = grpo_loss(live, live.detach(), live.detach() + shift, advantages, mask, kl_coef=0.1,
-            aggregate=aggregate)
+        old = live.detach()
+        loss, metrics = grpo_loss(live, old, old + shift, advantages, mask, kl_coef=0.1, aggregate=aggregate)
         loss.backward()
         assert loss.isfinite() and live.grad.isfinite().all() and math.isfinite(metrics["kl"])
     grpo_loss(live[:, :0], old[:, :0], ref[:, :0], advantages, mask[:, :0], kl_coef=0.1, aggregate=aggregate)[0].backward()
@@ -451,18 +449,19 @@ def test_on_policy_identity():
 def test_clip_sides(advantage, ratio, value, slope, clipped):
     """Row 15: sides swapped, low and high mixed up, or a clip fraction that counts the side that min() does not take."""
     live = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    loss, metrics = grpo_loss(live, torch.zeros_like(live), None, torch.tensor([advantage]), torch.ones(1, 1), clip_low=0.1,
-        clip_high=0.3)
+    old, one = torch.zeros_like(live), torch.ones(1, 1)
+    loss, metrics = grpo_loss(live, old, None, torch.tensor([advantage]), one, clip_low=0.1, clip_high=0.3)
     loss.backward()
-    assert loss.item() == pytest.approx(value) and live.grad.item() == pytest.approx(slope * ratio) and metrics["clipped"] == clipped
+    assert loss.item() == pytest.approx(value) and live.grad.item() == pytest.approx(slope * ratio)
+    assert metrics["clipped"] == clipped
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
 def test_gradcheck(aggregate):
     """Row 16: a gradient that is not that of the loss (something detached that should not be)."""
     live, old, ref, advantages, mask = batch([3, 1, 4])
-    assert torch.autograd.gradcheck(lambda x: grpo_loss(x, old, ref, advantages, mask, kl_coef=0.5, aggregate=aggregate)[0],
-        live)
+    loss = lambda x: grpo_loss(x, old, ref, advantages, mask, kl_coef=0.5, aggregate=aggregate)[0]
+    assert torch.autograd.gradcheck(loss, live)
 
 
 def test_kl_gradient():
@@ -471,8 +470,8 @@ def test_kl_gradient():
     ref = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).log_softmax(0)
     pi = theta.log_softmax(0)
     expected = torch.autograd.grad((ref.exp() * (ref - pi)).sum(), theta, retain_graph=True)[0]
-    per_outcome = [grpo_loss(pi[[x]][None], pi[[x]][None].detach(), ref[[x]][None], torch.zeros(1), torch.ones(1, 1),
-        kl_coef=1.0)[0] for x in range(7)]
+    flat, one = torch.zeros(1), torch.ones(1, 1)
+    per_outcome = [grpo_loss(p.view(1, 1), p.detach().view(1, 1), q.view(1, 1), flat, one, kl_coef=1.0)[0] for p, q in zip(pi, ref)]
     got = torch.autograd.grad(sum(p * loss for p, loss in zip(pi.detach().exp(), per_outcome)), theta)[0]
     assert torch.allclose(got, expected, atol=1e-12) and expected.norm() > 0.1
 
@@ -492,14 +491,14 @@ def test_who_reaches_the_loss(one_step):
     assert sampled == {(tuple(p), tuple(ids)) for p, out in zip(players.prompts, players.out) for ids, _, _ in out}
     judgements = {(tuple(p), tuple(ids)) for p, [(ids, _, _)] in zip(judge.prompts, judge.out)}
     reached = [pair for loss in run.losses for pair in loss.rows]
-    assert set(reached) == sampled and len(reached) == 24 and not judgements & {p for f in run.forwards for r in f.rows
-        for p in [(tuple(r.prompt), tuple(r.completions[0]))]}
-    assert run.sums["judge_tokens"] == sum(len(ids) for _, ids in judgements) or len(judgements) < len(judge.prompts)
+    assert set(reached) == sampled and len(reached) == 24 and len(judgements) > 0
+    assert {(tuple(row.prompt), tuple(c)) for f in run.forwards for row in f.rows for c in row.completions} == sampled
+    assert run.sums["judge_tokens"] == sum(len(ids) for [(ids, _, _)] in judge.out)
     advantages = group_advantages(torch.tensor([g.rewards for g in run.groups], dtype=torch.float32))
-    expected = sorted((tuple(g.prompt_ids), tuple(ids), round(a, 4)) for g, row in zip(run.groups, advantages.tolist())
-        for ids, a in zip(g.completions, row))
-    assert sorted((*pair, round(a, 4)) for loss in run.losses for pair,
-        a in zip(loss.rows, loss.advantages.tolist())) == expected
+    expected = [(tuple(g.prompt_ids), tuple(ids), round(a, 4))
+                for g, row in zip(run.groups, advantages.tolist()) for ids, a in zip(g.completions, row)]
+    got = [(*pair, round(a, 4)) for loss in run.losses for pair, a in zip(loss.rows, loss.advantages.tolist())]
+    assert sorted(got) == sorted(expected)
     assert (advantages != 0).any(1).sum() >= 3 and all(f.grad == (f.model is run.policy.model) for f in run.forwards)
     assert run.sums["trained_tokens"] == sum(len(ids) for _, ids in reached) == sum(loss.mask.sum() for loss in run.losses)
 
@@ -517,14 +516,14 @@ def test_ids_are_kept(one_step, tokenizer, monkeypatch):
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
 def test_step_does_not_depend_on_micro_batches(one_step, aggregate):
     """Rows 9, 12: a denominator for each micro-batch instead of one for the step."""
-    runs = [one_step(rewards=by_length, aggregate=aggregate, microbatch_tokens=tokens, optimizer=torch.optim.SGD, kl_coef=0.1,
-        learning_rate=1.0) for tokens in (60, 8192)]
+    flags = dict(rewards=by_length, aggregate=aggregate, optimizer=torch.optim.SGD, kl_coef=0.1, learning_rate=1.0)
+    runs = [one_step(microbatch_tokens=tokens, **flags) for tokens in (60, 8192)]
     assert len(runs[0].losses) > len(runs[1].losses)
     changes = [torch.cat([(run.after[n] - run.before[n]).flatten() for n in run.after]) for run in runs]
     assert changes[1].norm() > 0 and (changes[0] - changes[1]).norm() <= 1e-4 * changes[1].norm()
     lengths = [len(ids) for g in runs[0].groups for ids in g.completions]
-    assert {loss.denominator for run in runs for loss in run.losses} == {{"sequence": 12, "token": sum(lengths),
-        "constant": 12 * 12}[aggregate]}
+    expected = {"sequence": 12, "token": sum(lengths), "constant": 12 * 12}[aggregate]
+    assert {loss.denominator for run in runs for loss in run.losses} == {expected}
 
 
 def test_master_weights(one_step):
@@ -554,23 +553,23 @@ def test_flat_groups_and_no_signal_in_the_loss(one_step, kl_coef):
     rewards = {"verifiable": [1.0, 0.0, 0.0, NAN], "preference": [0.5] * 4, "open": [NAN] * 4}
     for drop, total, expected in ((False, 7, 7 if kl_coef else 3), (True, 3, 3)):
         run = one_step(rewards=lambda g: rewards[g.row["kind"]], kl_coef=kl_coef, drop_flat_groups=drop)
-        assert {loss.denominator for loss in run.losses} == {total} and sum(int((loss.mask.sum(1) > 0).sum())
-            for loss in run.losses) == expected
+        assert {loss.denominator for loss in run.losses} == {total}
+        assert sum(int((loss.mask.sum(1) > 0).sum()) for loss in run.losses) == expected
         assert all(p.isfinite().all() for p in run.after.values()) and math.isfinite(run.sums["loss"])
 
 
 def test_masked_truncated(one_step):
     """Row 31: a truncated completion leaves the loss but stays in its group's baseline and in the length log."""
     for mask_truncated in (False, True):
-        run = one_step(rewards=by_length, mask_truncated=mask_truncated, max_new_tokens=20, judge_max_new_tokens=20,
-            group_size=12, stop_tokens="w1,w2,w3,w4")
+        limits = dict(max_new_tokens=20, judge_max_new_tokens=20, group_size=12, stop_tokens="w1,w2,w3,w4")
+        run = one_step(rewards=by_length, mask_truncated=mask_truncated, **limits)
         truncated = [t for g in run.groups for t in g.truncated]
         assert 0 < sum(truncated) < 36
-        assert {loss.denominator for loss in run.losses} == {36 - sum(truncated) * mask_truncated} == {sum(len(loss.rows)
-            for loss in run.losses)}
+        count = 36 - sum(truncated) * mask_truncated
+        assert {loss.denominator for loss in run.losses} == {count} and sum(len(loss.rows) for loss in run.losses) == count
         advantages = group_advantages(torch.tensor([g.rewards for g in run.groups]))
-        kept = sorted(round(a, 4) for g, row in zip(run.groups, advantages.tolist()) for a, t in zip(row, g.truncated)
-            if not (t and mask_truncated))
+        kept = sorted(round(a, 4) for g, row in zip(run.groups, advantages.tolist())
+                      for a, t in zip(row, g.truncated) if not (t and mask_truncated))
         assert sorted(round(a, 4) for loss in run.losses for a in loss.advantages.tolist()) == pytest.approx(kept)
         record = urpo.kind_metrics([urpo.group_record(g) for g in run.groups])
         assert record["length/open"] == pytest.approx(sum(map(len, run.groups[2].completions)) / 12)
@@ -590,8 +589,8 @@ def test_judge_collapse(one_step, monkeypatch):
 def test_learns(settings, folder, monkeypatch):
     """Row 30: a sign, a shift or a mask that is wrong somewhere: the rewarded token must become likely within 30 steps."""
     config, lucky = settings(max_new_tokens=1, group_size=16, kl_coef=0, learning_rate=3e-3), WORDS.index("w7")
-    monkeypatch.setitem(KINDS, "open", dataclasses.replace(KINDS["open"], rewards=lambda groups,
-        *_: [[float(ids[0] == lucky) for ids in g.completions] for g in groups]))
+    reward = lambda groups, *_: [[float(ids[0] == lucky) for ids in group.completions] for group in groups]
+    monkeypatch.setitem(KINDS, "open", dataclasses.replace(KINDS["open"], rewards=reward))
     ranks = urpo.Ranks(config)
     policy = urpo.load_actor(folder, config, ranks, True)
     optimizer, row = urpo.new_optimizer(policy.model, config.learning_rate, config), ROWS[2]
@@ -614,8 +613,8 @@ def test_seeds_of_steps_and_ranks(one_step, monkeypatch, seed):
     real = urpo.Ranks.__init__
     for step in (0, 1, 10, 100, 1000, 1001, 10000):
         for rank in (0, 1, 10):
-            monkeypatch.setattr(urpo.Ranks, "__init__", lambda self,
-                config: (real(self, config), setattr(self, "rank", rank))[0])
+            set_up = lambda self, config: (real(self, config), setattr(self, "rank", rank))[0]
+            monkeypatch.setattr(urpo.Ranks, "__init__", set_up)
             with pytest.raises(InterruptedError):
                 one_step(seed=seed, step=step, kl_coef=0)
     assert len(set(seeds)) == 21
@@ -628,26 +627,14 @@ def block(*lines):
 
 GOOD = block("A: 3", "B: 7")
 PARSE = [  # judgement of two responses, what must come out
-    (GOOD, [3, 7]), ("B is better.\n" + GOOD, [3, 7]), (GOOD + "\n \n", [3, 7]),
-    ("x\n<scores>\n  A: 3 \n\nB: 7\n</scores>", [3, 7]),
+    (GOOD, [3, 7]), ("B is better.\n" + GOOD, [3, 7]), (GOOD + "\n \n", [3, 7]), (block("  A: 3 ", "", "B: 7"), [3, 7]),
     (block("B: 7", "A: 3"), [3, 7]), (block("A: 3.5", "B: 10.0"), [3.5, 10]), (block("A: 10", "B: 1"), [10, 1]),
-    (GOOD.replace("\n", "\r\n"), [3, 7]),
-    (block("A: 10", "B: 1") + "\nthe quoted block is wrong\n" + GOOD, [3, 7]),
-    (block("A: 9") + GOOD.replace("<scores>", "\n<scores>"), [3, 7]),
-    ("", None), ("A: 3\nB: 7", None), (GOOD + "\nas I said", None), (GOOD + GOOD, None), (GOOD[:-1], None),
-    (GOOD.replace("<scores>", ""), None),
-    (block("A: 3"), None), (block("A: 3", "B: 7", "C: 1"), None), (block("A: 3", "A: 7"), None),
-    (block("A: 3", "C: 7"), None),
-    (block("A: 3", "B: 7", "B: 8"), None), (block("A: 0", "B: 7"), None), (block("A: 11", "B: 7"), None),
-    (block("A: 10.5", "B: 7"), None),
-    (block("A: -3", "B: 7"), None), (block("A: inf", "B: 7"), None), (block("A: nan", "B: 7"), None),
-    (block("A: 1e9", "B: 7"), None),
-    (block("A: ٣", "B: 7"), None), (block("A: 3/10", "B: 7"), None), (block("A: 8 / 10", "B: 7"), None),
-    (block("A: 10.", "B: 7"), None),
-    (block("A: 3 good", "B: 7"), None), (block("a: 3", "b: 7"), None), (block("A: 3, B: 7"), None),
-    (block("A = 3", "B: 7"), None),
-    (block("A: 03", "B: 7"), None), (block("A: 3", "text", "B: 7"), None), (GOOD.upper(), None),
-    (GOOD.replace("</scores>", "<scores>"), None)]
+    (GOOD.replace("\n", "\r\n"), [3, 7]), (block("A: 10", "B: 1") + "\nthe quoted block is wrong\n" + GOOD, [3, 7]),
+    ("", None), ("A: 3\nB: 7", None), (GOOD + "\nas I said", None), (GOOD + GOOD, None), (GOOD[:-1], None), (GOOD[1:], None),
+    (GOOD.upper(), None), (GOOD.replace("/", ""), None), *((block(*lines.split("|")), None) for lines in (
+        "A: 3", "A: 3|B: 7|C: 1", "A: 3|A: 7", "A: 3|C: 7", "A: 3|B: 7|B: 8", "A: 3, B: 7", "A: 3|text|B: 7", "a: 3|b: 7",
+        "A: 0|B: 7", "A: 11|B: 7", "A: 10.5|B: 7", "A: -3|B: 7", "A: inf|B: 7", "A: nan|B: 7", "A: 1e9|B: 7", "A: ٣|B: 7",
+        "A: 3/10|B: 7", "A: 8 / 10|B: 7", "A: 10.|B: 7", "A: 03|B: 7", "A: 3 good|B: 7", "A = 3|B: 7", "A: |B: 7"))]
 
 
 @pytest.mark.parametrize("text,expected", PARSE)
@@ -659,8 +646,8 @@ def test_parse_scores(text, expected):
 def test_blocks_of_other_sizes():
     """Hazard: a block for another number of responses."""
     assert parse_scores(GOOD, 1) is None and parse_scores(GOOD, 3) is None and parse_scores(block("A: 5"), 1) == [5]
-    assert parse_scores(block(*(f"{label}: {i % 10 + 1}" for i, label in enumerate(urpo.LABELS))), 26) == [float(i % 10 + 1)
-        for i in range(26)]
+    scores = [float(i % 10 + 1) for i in range(26)]
+    assert parse_scores(block(*(f"{label}: {score}" for label, score in zip(urpo.LABELS, scores))), 26) == scores
 
 
 @pytest.mark.parametrize("scores,truth,expected", [
@@ -694,11 +681,9 @@ def test_responses_are_data(tokenizer, evil):
         text, plain = judge_text(prompt, responses), judge_text("w1", ["w2", "w4"])
         for delimiter in ("<scores>", "</scores>", "[abc123]"):
             assert text.count(delimiter) == plain.count(delimiter)
-        ids, expected = (urpo.encode(tokenizer, urpo.judge_messages(p, r, "abc123")) for p,
-            r in ((prompt, responses), ("w1", ["w2", "w4"])))
-        specials = [2, 3, 4]  # <s>, </s>, <|im_end|>; <unk> also stands for words that this small vocabulary lacks
-        assert [i for i in ids if i in specials] == [i for i in expected
-            if i in specials] and ids.count(2) == 1  # row 33: one BOS
+        # <s>, </s>, <|im_end|> as the template writes them (<unk> also stands for words that this small vocabulary lacks)
+        ids = urpo.encode(tokenizer, urpo.judge_messages(prompt, responses, "abc123"))
+        assert [i for i in ids if i in (1, 2, 3, 4)] == [2, 4]
         if "{" in evil:
             assert evil in text  # all else stays byte for byte
 
@@ -707,16 +692,16 @@ def test_conversations_are_judged_whole():
     """Hazard: only the last turn of a conversation is shown to the judge."""
     turns = [{"role": role, "content": f"{role} said {GOOD}"} for role in ("system", "user", "assistant", "user")]
     text = judge_text(turns, ["a"])
-    assert [text.count(f"{role.capitalize()}: {role} said") for role in ("system", "user", "assistant")] == [1, 2,
-        1] and text.count("<scores>") == 1
+    assert [text.count(f"{role.capitalize()}: {role} said") for role in ("system", "user", "assistant")] == [1, 2, 1]
+    assert text.count("<scores>") == 1
 
 
 def test_player_prompts(tokenizer):
     """Row 33, hazard: a BOS from the template and another from the tokenizer; special tokens spelled in a problem."""
     assert tokenizer("w1").input_ids[0] == 2  # this tokenizer adds a BOS by itself
     for name in ("verifiable", "open"):
-        group = KINDS[name].group({"kind": name, "prompt": [{"role": "user", "content": "w1 <s> </s> <|im_end|> {0}"}],
-            "answer": "1"}, tokenizer, None, None)
+        row = {"kind": name, "prompt": urpo.chat("w1 <s> </s> <|im_end|> {0}"), "answer": "1"}
+        group = KINDS[name].group(row, tokenizer, None, None)
         assert [i for i in group.prompt_ids if i in (2, 3, 4)] == [2, 4] and group.prompt_ids[0] == 2
 
 
@@ -733,9 +718,10 @@ def test_long_judge_prompts(tokenizer):
         urpo.judge_prompt(tokenizer, "w9 " * 700, responses, rng, 600)
 
 
-def test_shuffle_at_use(tokenizer, settings):
+def test_shuffle_at_use(tokenizer, settings, monkeypatch):
     """Hazard: stored order leaks the truth. Chi-square on 1,000 uses; scores stay with their responses; no two nonces alike."""
-    config, counts, nonces = settings(list_size=3), [0, 0, 0], set()
+    config, counts, nonces, real = settings(list_size=3), [0, 0, 0], [], urpo.judge_messages
+    monkeypatch.setattr(urpo, "judge_messages", lambda prompt, shown, nonce: nonces.append(nonce) or real(prompt, shown, nonce))
     row = ROWS[1] | {"prompt": urpo.chat(ROWS[1]["prompt"])}
     for i in range(1000):
         group = urpo.preference_group(row, tokenizer, random.Random(f"0/{i}"), config)
@@ -743,11 +729,10 @@ def test_shuffle_at_use(tokenizer, settings):
         shown = re.findall(r"\n(w1 w2|w3|w4 w4|w5 w6 w7)(?=\n)", text)
         assert [row["scores"][row["responses"].index(response)] for response in shown] == group.truth and len(shown) == 3
         counts[group.truth.index(max(group.truth))] += 1
-        nonces.add(tuple(group.prompt_ids[:200]))
     assert sum((c - 1000 / 3) ** 2 / (1000 / 3) for c in counts) < 13.8  # p = .001
-    tied = row | {"scores": [1, 1, 1, 2]}
-    assert all(len(set(urpo.preference_group(tied, tokenizer, random.Random(i), settings(list_size=2)).truth)) == 2
-        for i in range(30))
+    assert len(nonces) == 1000 and len(set(nonces)) > 990
+    tied, config = row | {"scores": [1, 1, 1, 2]}, settings(list_size=2)  # no sub-list that orders nothing
+    assert all(len(set(urpo.preference_group(tied, tokenizer, random.Random(i), config).truth)) == 2 for i in range(30))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
@@ -768,8 +753,8 @@ def test_sub_lists(size, members):
 
 
 def open_group(*texts):
-    return urpo.Group({"kind": "open", "prompt": urpo.chat("w1")}, [], None, completions=[[1]] * len(texts),
-        texts=list(texts), truncated=[False] * len(texts))
+    row, n = {"kind": "open", "prompt": urpo.chat("w1")}, len(texts)
+    return urpo.Group(row, [], None, completions=[[1]] * n, texts=list(texts), truncated=[False] * n)
 
 
 def test_position_bias_averages_out(settings):
@@ -779,8 +764,9 @@ def test_position_bias_averages_out(settings):
     judge = lambda questions: [[9.0] + [5.0] * (len(shown) - 1) for _, shown in questions]
     for rewards in urpo.open_rewards(groups, judge, config, random.Random(0)):
         totals = [t + r / 400 for t, r in zip(totals, rewards)]
-    assert max(map(abs, totals)) < 0.1 and max(abs(r)
-        for r in urpo.open_rewards(groups[:1], judge, config, random.Random(0))[0]) > 0.2
+    assert max(map(abs, totals)) < 0.1  # chance would be .03
+    [one] = urpo.open_rewards(groups[:1], judge, config, random.Random(0))
+    assert max(map(abs, one)) > 0.2
 
 
 @pytest.mark.parametrize("judgements", [1, 3])
@@ -792,24 +778,22 @@ def test_open_rewards(settings, judgements):
         return [[float(text) for text in shown] for _, shown in questions]
     group = open_group("3", "", "9", " \n", "5", "1")
     [rewards] = urpo.open_rewards([group], judge, config, random.Random(0))
-    assert rewards == pytest.approx([-1 / 3, -1, 1, -1, 1 / 3, -1]) and sorted(asked) == sorted(["1", "3", "5",
-        "9"] * judgements)
-    assert all(j["scores"] == [float(group.texts[i]) for i in j["shown"]]
-        for j in group.judged) and len(group.judged) == judgements
+    assert rewards == pytest.approx([-1 / 3, -1, 1, -1, 1 / 3, -1]) and sorted(asked) == sorted(["1", "3", "5", "9"] * judgements)
+    assert len(group.judged) == judgements
+    assert all(j["scores"] == [float(group.texts[i]) for i in j["shown"]] for j in group.judged)
+    [lonely] = urpo.open_rewards([open_group("1")], judge, config, random.Random(0))
+    config.judgements = 1  # two lists of four, one of which does not parse
+    fails = lambda questions: [None if "1" in shown else scores for (_, shown), scores in zip(questions, judge(questions))]
+    [half] = urpo.open_rewards([open_group(*"12345678")], fails, config, random.Random(0))
+    [silent] = urpo.open_rewards([open_group("1", "2")], fails, config, random.Random(0))
+    assert [math.isnan(x) for x in (lonely[0], half[0], *silent)] == [True] * 4 and sum(map(math.isnan, half)) == 4
     config.open_reward = "score"
     assert urpo.open_rewards([open_group("1", "10")], judge, config, random.Random(0)) == [[-1.0, 1.0]]
-    config.open_reward = "rank"
-    [silent] = urpo.open_rewards([open_group("1", "2")], lambda q: [None] * len(q), config, random.Random(0))
-    half = urpo.open_rewards([open_group(*"12345678")],
-        lambda q: [None if "1" in shown else [float(t) for t in shown] for _, shown in q],
-        settings(list_size=4, judgements=1), random.Random(0))[0]
-    assert all(map(math.isnan, silent)) and sum(map(math.isnan, half)) == 4 and math.isnan(half[0])
-    assert all(map(math.isnan, urpo.open_rewards([open_group("1")], judge, config, random.Random(0))[0]))
 
 
 HEALTHY = {"parse_rate/preference": 0.9, "flat/open": 0.1, "flat/verifiable": 0.3, "length/open": 100,
-    "length_correlation/open": 0.2, "slot_score/open/A": 5.0,
-           "slot_score/open/B": 5.5, "truncated/open": 0.1, "logprob_gap": 1e-3, "eval/referee_accuracy": 0.7}
+           "length_correlation/open": 0.2, "slot_score/open/A": 5.0, "slot_score/open/B": 5.5,
+           "truncated/open": 0.1, "logprob_gap": 1e-3, "eval/referee_accuracy": 0.7}
 
 
 @pytest.mark.parametrize("name,sick", [
@@ -828,16 +812,17 @@ def test_alarms(name, sick):
 def test_judge_metrics(settings):
     """Hazard, length bias: the detector must see a judge that scores by length; ties, slots and entropy are measured."""
     group = open_group("a", "bb", "cccc", "d" * 8)
-    group.rewards = urpo.open_rewards([group], lambda q: [[float(len(t)) for t in shown] for _, shown in q], settings(),
-        random.Random(0))[0]
+    by_length = lambda questions: [[float(len(text)) for text in shown] for _, shown in questions]
+    [group.rewards] = urpo.open_rewards([group], by_length, settings(), random.Random(0))
     metrics = urpo.kind_metrics([urpo.group_record(group)])
-    assert metrics["length_correlation/open"] == pytest.approx(1) and metrics["flat/open"] == 0 and metrics["score_entropy/open"] == pytest.approx(math.log(4))
-    preference = urpo.Group({"kind": "preference"}, [], [1, 2], completions=[[1], [1, 2], [1]],
-        truncated=[True, False, False], rewards=[1.0, 0.0, -1.5],
-                            texts=[GOOD, block("A: 5", "B: 5"), "?"])
+    assert metrics["length_correlation/open"] == pytest.approx(1) and metrics["flat/open"] == 0
+    assert metrics["score_entropy/open"] == pytest.approx(math.log(4))
+    preference = urpo.Group({"kind": "preference"}, [], [1, 2], completions=[[1], [1, 2], [1]], rewards=[1.0, 0.0, -1.5],
+                            texts=[GOOD, block("A: 5", "B: 5"), "?"], truncated=[True, False, False])
     metrics = urpo.kind_metrics([urpo.group_record(preference)])
-    assert metrics["parse_rate/preference"] == pytest.approx(2 / 3) and metrics["tie_rate/preference"] == 0.5 and metrics["distinct_scores/preference"] == 1.5
-    assert metrics["slot_score/preference/B"] == 6 and metrics["truncated/preference"] == pytest.approx(1 / 3) and metrics["reward/preference"] == pytest.approx(-1 / 6)
+    expected = {"parse_rate": 2 / 3, "tie_rate": 0.5, "distinct_scores": 1.5, "truncated": 1 / 3, "reward": -1 / 6}
+    assert {name: metrics[f"{name}/preference"] for name in expected} == pytest.approx(expected)
+    assert metrics["slot_score/preference/B"] == 6
 
 
 @pytest.mark.parametrize("judge,accuracy,tau,parsed", [
@@ -853,11 +838,11 @@ def test_evaluation_of_the_judge(settings, folder, monkeypatch, judge, accuracy,
     monkeypatch.setattr(urpo, "make_judge", fake)
     config = settings()
     ranks = urpo.Ranks(config)
-    metrics = urpo.evaluate(urpo.load_actor(folder, config, ranks, False),
-        [r | {"prompt": urpo.chat(r["prompt"])} for r in ROWS[:9]], config, ranks)
+    rows = [row | {"prompt": urpo.chat(row["prompt"])} for row in ROWS[:9]]
+    metrics = urpo.evaluate(urpo.load_actor(folder, config, ranks, False), rows, config, ranks)
     for suffix in ("", "_greedy"):
-        assert [metrics[f"eval/{n}{suffix}"] for n in ("referee_accuracy", "referee_tau",
-            "parse_rate")] == pytest.approx([accuracy, tau, parsed])
+        expected = {"referee_accuracy": accuracy, "referee_tau": tau, "parse_rate": parsed}
+        assert {name: metrics[f"eval/{name}{suffix}"] for name in expected} == pytest.approx(expected)
         assert 0 <= metrics[f"eval/verifiable_accuracy{suffix}"] <= 1
 
 
@@ -892,22 +877,22 @@ def test_a_run(settings, monkeypatch, tmp_path):
     final = urpo.train(settings(**flags))
     lines, weights = metrics_of(final), weights_of(final)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 4]  # held-out lines: first, every third, last
+    step_fields = "seconds rollout_s judge_s logprob_s update_s generated_tokens trained_tokens judge_tokens peak_rss_mib loss "
+    step_fields = (step_fields + "grad_norm kl clip_fraction entropy logprob_gap").split() + [
+        f"{name}/{kind}" for name in ("reward", "reward_std", "flat", "length", "truncated") for kind in KINDS] + [
+        f"{name}/{kind}" for name in ("parse_rate", "tie_rate", "distinct_scores") for kind in ("preference", "open")]
+    eval_fields = ["eval/" + name for name in ("verifiable_accuracy", "referee_accuracy", "referee_tau", "parse_rate")]
     for line in lines:
-        fields = (["eval/" + n + s for n in ("verifiable_accuracy", "referee_accuracy", "referee_tau", "parse_rate")
-            for s in ("", "_greedy")] if "loss" not in line else
-                  "seconds rollout_s judge_s logprob_s update_s generated_tokens trained_tokens judge_tokens peak_rss_mib loss grad_norm kl clip_fraction entropy logprob_gap".split()
-                  + [f"{n}/{kind}" for n in ("reward", "reward_std", "flat", "length", "truncated") for kind in KINDS]
-                  + [f"{n}/{kind}" for n in ("parse_rate", "tie_rate", "distinct_scores", "slot_score")
-                  for kind in ("preference", "open") if n != "slot_score"])
+        fields = step_fields if "loss" in line else eval_fields + [name + "_greedy" for name in eval_fields]
         assert all(math.isfinite(line[name]) for name in fields)
     steps = [line for line in lines if "loss" in line]
-    assert all(s["generated_tokens"] == s["trained_tokens"] == round(4 * sum(s[f"length/{kind}"] for kind in KINDS))
-        for s in steps)
+    for s in steps:
+        assert s["generated_tokens"] == s["trained_tokens"] == round(4 * sum(s[f"length/{kind}"] for kind in KINDS))
     assert steps[0]["kl"] < 1e-6 < 1e-4 < steps[3]["kl"]  # the reference is not the policy
     assert all(s["seconds"] >= s["rollout_s"] + s["judge_s"] + s["logprob_s"] + s["update_s"] for s in steps)
     samples = [json.loads(line) for line in (final.parent / "samples.jsonl").read_text().splitlines()]
-    assert {s["kind"] for s in samples} == set(KINDS) and all({"prompt", "completion", "reward", "judged"} <= set(s)
-        for s in samples)
+    assert {s["kind"] for s in samples} == set(KINDS)
+    assert all({"prompt", "completion", "reward", "judged"} <= set(s) for s in samples)
     assert json.loads((final.parent / "config.json").read_text())["steps"] == 4
 
     with pytest.raises(BadInput, match="holds a run already"):  # nothing already written is lost
@@ -930,30 +915,29 @@ def test_what_is_loaded(settings, monkeypatch, tmp_path, kl_coef):
     """DESIGN 5, 1: a reference that nobody needs; `--referee FOLDER` that is ignored, or that judges preference tasks."""
     loaded, judges, real_load, real_sample = [], [], urpo.Ranks.load, urpo.sample
     monkeypatch.setattr(urpo.Ranks, "load", lambda *args, **kwargs: loaded.append(real_load(*args, **kwargs)) or loaded[-1])
-    monkeypatch.setattr(urpo, "sample", lambda model, prompts, n,
-        *args: judges.append((model, n)) or real_sample(model, prompts, n, *args))
+    sample = lambda model, prompts, n, *args: judges.append((model, n)) or real_sample(model, prompts, n, *args)
+    monkeypatch.setattr(urpo, "sample", sample)
     urpo.train(settings(steps=1, kl_coef=kl_coef))
     assert len(loaded) == 1 + (kl_coef > 0) and all(model is loaded[0] for model, _ in judges)
     loaded.clear(), judges.clear()
     referee = save(tmp_path / "referee", seed=7)
     urpo.train(settings(steps=1, kl_coef=kl_coef, referee=referee, name="other"))
     assert len(loaded) == 2 + (kl_coef > 0) and [(model is loaded[1], n) for model, n in judges] == [(False, 4), (True, 1)]
-    assert torch.equal(loaded[1].lm_head.weight, weights_of(referee)["lm_head.weight"]) and not loaded[1].lm_head.weight.requires_grad
+    assert torch.equal(loaded[1].lm_head.weight, weights_of(referee)["lm_head.weight"])
+    assert not loaded[1].lm_head.weight.requires_grad
 
 
 def test_sigterm(settings, folder, data, tmp_path):
     """DESIGN 7: SIGTERM finishes the step, saves and exits 0; the resumed run goes on from there and finishes."""
-    arguments = ["--model", folder, "--data", data, "--out_dir", str(tmp_path), "--name", "stopped", "--device", "cpu",
-        "--steps", "100000", "--prompts_per_step", "3",
-                 "--group_size", "2", "--max_new_tokens", "4", "--judge_max_new_tokens", "4", "--eval_every", "0",
-                 "--save_every", "0"]
-    process = subprocess.Popen([sys.executable, urpo.__file__, *arguments], stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    log, deadline = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 100
+    flags = dict(model=folder, data=data, out_dir=tmp_path, name="stopped", device="cpu", steps=100000,
+                 prompts_per_step=3, group_size=2, max_new_tokens=4, judge_max_new_tokens=4, eval_every=0, save_every=0)
+    arguments = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    process = subprocess.Popen([sys.executable, urpo.__file__, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 300
     while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     done = int(log.read_text().splitlines()[-1].split(",")[0].split()[-1])
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"step-{done}"]
     final = urpo.train(urpo.parse([*arguments, "--resume", "auto", "--steps", str(done + 2)]))
@@ -998,8 +982,8 @@ def test_bad_flags(arguments, message):
     if message:
         with pytest.raises(BadInput, match=message):
             urpo.parse(["--device", "cpu", *arguments])
-    assert urpo.parse(["--device", "cpu"]).preset == "tiny" and urpo.parse(["--preset", "small", "--steps", "3",
-        "--warmup_steps", "1"]).warmup_steps == 1
+    assert urpo.parse(["--device", "cpu"]).preset == "tiny"
+    assert urpo.parse(["--preset", "small", "--warmup_steps", "1"]).warmup_steps == 1  # a flag overrides its preset
 
 
 @pytest.mark.parametrize("flags,rows,message", [
