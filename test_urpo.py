@@ -198,6 +198,9 @@ def test_mode_and_generation_config_restored(training):
     kept, prompts = model.generation_config, prompts_of(4, 7)
     [first, again] = (urpo.sample(model, prompts, 1, [6, 6], 0, [3]) for _ in range(2))
     assert all(torch.equal(a[0][2], b[0][2]) for a, b in zip(first, again))
+    with torch.no_grad():  # old and reference passes
+        first, again = (completion_logprobs(model, prompts[0], [[5, 6, 7]])[0] for _ in range(2))
+    assert torch.equal(first, again) and model.training is training
     with pytest.raises(IndexError):
         urpo.sample(model, [[1000, 1000]], 1, [6], 0, [3])
     assert model.training is training and model.generation_config is kept
