@@ -296,8 +296,10 @@ def sums(n, rng):
     tasks = [task("verifiable", user(text), answer=str(right)) for text, (_, _, _, right) in problems[:n]]
     for text, (a, op, b, right) in problems[n:]:
         wrong = rng.choice([near for near in range(right - 3, right + 4) if near >= 0 and near != right])
-        _, (x, other_op, y, other) = rng.choice(problems)
-        graded = [(a, op, b, right, right), (a, op, b, right, wrong), (a, op, b, wrong, wrong), (x, other_op, y, other, other)]
+        other = a, op, b, right
+        while other == (a, op, b, right):  # its solution is right, but to another problem
+            _, other = rng.choice(problems)
+        graded = [(a, op, b, right, right), (a, op, b, right, wrong), (a, op, b, wrong, wrong), (*other, other[-1])]
         responses = [working.format(a=a, op=op, b=b, work=work, box=box)
                      for working, (a, op, b, work, box) in zip(rng.sample(WORKINGS, 4), graded)]
         tasks.append(task("preference", user(text), responses=responses, scores=[1.0, 0.6, 0.3, 0.0]))

@@ -17,12 +17,15 @@ from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: without a network every look-up would be tried five times
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import data_prep
 import urpo
 from urpo import KINDS, BadInput, completion_logprobs, group_advantages, grpo_loss, parse_scores, ranking_reward
 
@@ -580,11 +583,12 @@ def test_masked_truncated(one_step):
 
 def test_judge_collapse(one_step, monkeypatch):
     """Hazard: a judge that gives everything a 7 (or never parses) must be loss 0 and a metric of 1.0, never NaN."""
-    for verdict, flat, silent in ((lambda text, n: [7.0] * n, 1.0, 0.0), (lambda text, n: None, 1.0, 1.0)):
+    for verdict, flat, silent in ((lambda text, n: [7.0] * n, 1.0, 0.0), (lambda text, n: None, 0.0, 1.0)):
         monkeypatch.setitem(globals(), "fake_parse", verdict)
         run = one_step(rows=ROWS[1:3], kl_coef=0)
         metrics = urpo.kind_metrics([urpo.group_record(g) for g in run.groups])
-        assert run.sums["loss"] == run.sums["grad_norm"] == 0 and metrics["flat/open"] == metrics["flat/preference"] == flat
+        assert run.sums["loss"] == run.sums["grad_norm"] == 0 and metrics["flat/preference"] == 1
+        assert metrics["flat/open"] == flat  # a group without any score is silent, not flat
         assert metrics["no_signal/open"] == silent and not any(map(math.isnan, metrics.values()))
         assert all(torch.equal(run.after[n], run.before[n]) for n in run.after)
 
@@ -1018,3 +1022,252 @@ def test_doctests():
     """Worked examples that have rotted."""
     failed, tried = doctest.testmod(urpo)
     assert tried >= 5 and not failed
+
+
+# ------------------------------------------------------------------------------------------ verifying answers
+# (answer, claim in a box, verdict). Where the public graders (math-verify, Qwen2.5-Math, Hendrycks's is_equiv) disagree,
+# their verdicts stand beside it, and our reason where it is not the majority's.
+CLAIMS = [
+    ("42", "42", 1), ("42", "42.0", 1), ("42", "7", 0), (r"\frac{1}{2}", "0.5", 1), (r"\frac{1}{2}", r"\dfrac{1}{2}", 1),
+    ("0.5", r"50\%", 1), (r"10\%", "10", 1), (r"\frac{1}{3}", "0.333333", 1), ("204", "204", 1), ("73", "073", 1),
+    ("1000", "1{,}000", 1),  # 100: {,} is how LaTeX sets a thousands separator, never a list
+    (r"\sqrt{2}", "1.41421356", 1), (r"\pi", "3.14", 0), ("x=5", "5", 1), ("5", "x = 5", 1), ("(1,2)", "(2,1)", 0),
+    ("x^2+2x+1", "(x+1)^2", 0), ("y=2x+3", "y = 3 + 2x", 0), ("3+4i", "4i+3", 0),  # 110: needs algebra, which is math_verify's
+    ("[1,2)", "[1,2)", 1), (r"\{1,2,3\}", r"\{3,2,1\}", 1), ("1,2,3", "1, 2, 3", 1), ("90", r"90^\circ", 1),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)", 1), (r"5\text{ cm}", "5", 1), (r"\$18", "18", 1),
+    ("18", "18 dollars", 1),  # 000: they take \text{ dollars}; models forget the \text
+    (r"\text{Evelyn}", "Evelyn", 1), (r"\text{(C)}", "C", 1), ("-2", "-2", 1), (r"-\frac{3}{4}", r"\frac{-3}{4}", 1),
+    (r"1\frac{1}{2}", r"\frac{3}{2}", 1),  # 100: the others read 11/2
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", 1), ("2516_8", "2516_8", 1), ("n!", "n!", 1),
+    (r"\infty", r"\infty", 1), (r"x \in [-2,7]", "[-2,7]", 1), ("0.00001", "10^{-5}", 1), ("p - q", "p-q", 1),
+    ("10000", "10000.5", 0),  # 010: a relative tolerance has no place at a whole number
+    ("18", "eighteen", 0), ("25", "025", 1), ("27.0", "27", 1), ("10000", r"10,\!000", 1), ("-3", "−3", 1), ("6 mph", "6", 1),
+    ("300000", r"3\times10^5", 1), ("C", r"\textbf{(C)}", 1), ("18", "36/2", 0), ("377", "348+29", 0), ("4", r"\sqrt{16}", 0),
+    ("2", "2 thirds", 0), ("3", "3 million", 0), ("2", "2ab", 0), ("12", "1 2", 0), ("0.5", "5", 0), ("50", "0.5", 0),
+    ("1,2", "1,2,3", 0), ("(1,2)", "[1,2]", 0), ("2516_8", "2516", 0), ("42", "٤٢", 0), ("42", "inf", 0), ("42", "nan", 0),
+    ("18", "-18", 0), ("18", "1.8", 0), ("18", "18,000", 0), ("1/3", "0.33", 0), ("0.00001", "0.000011", 0)]
+
+
+@pytest.mark.parametrize("answer, claim, verdict", CLAIMS)
+def test_verify_claims(answer, claim, verdict):
+    """Bug: a right answer in another spelling earns nothing, a wrong or unfinished one is paid."""
+    assert urpo.verify_answer(rf"So it is \boxed{{{claim}}}.", answer) == verdict
+
+
+@pytest.mark.parametrize("completion, verdict", [
+    ("Half of 48 is 24.\n#### 24", 1), ("First 24, no: 25", 0), ("First 25, so 24.", 1), ("It is 24 of 48", 0), ("", 0),
+    (r"\boxed{24} and then \boxed{7}", 0), (r"First 7, then \boxed{24}", 1), (r"<think>\boxed{17}</think> so \boxed{24}", 1),
+    (r"\boxed{24}</think>", 1), (r"\boxed{24}</think> I mean 25", 0), (r"\boxed{}", 0), (r"24, so \boxed{24", 0),
+    ("24-year-old", 0), ("it costs $24.00!", 1), (r"\boxed{\text{24}}", 1), (r"\boxed{{24}}", 1), ("ANSWER: 24", 1), ("$24$", 1)])
+def test_verify_takes_the_final_answer(completion, verdict):
+    """Row 34: the first answer, a thought or an open box is graded instead of the final answer."""
+    assert urpo.verify_answer(completion, "24") == verdict
+
+
+@pytest.mark.parametrize("inside", [
+    "^".join("9" * 40), "(" * 100_000, "(" * 149 + "1" + ")" * 149, "-" * 298 + "1", "1," * 149, "1 " + "a b " * 70,
+    "10^{99999999}", "1e99999999", "1/0", r"\frac", r"\sqrt[", "/" * 200, r"\frac{1}{" * 50, "\ud800\0"])
+def test_verify_hostile(inside):
+    """Row 34: 9^9^9^9, deep nesting, 1/0 or garbage hangs or kills the run. Measured: below 0.05 s; the bug takes minutes."""
+    start = time.perf_counter()
+    for completion in (inside, rf"\boxed{{{inside}}}"):
+        assert urpo.verify_answer(completion, r"\frac{x+1}{2}") == 0.0
+    assert time.perf_counter() - start < 1
+
+
+# ---------------------------------------------------------------------------------------------- data_prep.py
+def _u(text): return {"role": "user", "content": text}
+def _a(text): return {"role": "assistant", "content": text}
+def _completion(response, *ratings):
+    return {"response": response, "overall_score": 10.0, "annotations": {
+        name: {"Rating": rating, "Rationale": "r"} for name, rating in zip(("honesty", "helpfulness"), ratings)}}
+def _reply(text, rank=None, replies=()):
+    return {"text": text, "role": "assistant", "rank": rank, "replies": list(replies)}
+
+_TREE = {"text": "Q", "role": "prompter", "replies": [
+    _reply("worst", 2), _reply("unranked"), _reply("best", 0, [
+        {"text": "Q2", "role": "prompter", "replies": [_reply("second", 1), _reply("first", 0)]}]), _reply("mid", 1)]}
+_HH = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: Q2\n\nAssistant:"
+_PANDA = {"instruction": "Do", "input": "this", "response1": "x", "response2": "y",
+          "annotator1": 2, "annotator2": 0, "annotator3": 2}
+_Q, _PAIR = [_u("Q")], {"good": 1.0, "bad": 0.0}
+
+# name: (raw row, [(kind, prompt, answer or {response: score} or None), ...])
+_SCHEMAS = {
+    "own": ({"kind": "verifiable", "prompt": "Q", "answer": "1"}, [("verifiable", _Q, "1")]),
+    "ultrafeedback": ({"instruction": "Q", "source": "s", "models": [], "completions": [
+        _completion("mean", "4", "5"), _completion("part", "N/A", "2"), _completion("none", "N/A", "N/A")]},
+        [("preference", _Q, {"mean": 4.5, "part": 2.0})]),
+    "binarized": ({"prompt": "Q", "messages": [], "chosen": [_u("Q"), _a("good")], "rejected": [_u("Q"), _a("bad")],
+                   "score_chosen": 8.5, "score_rejected": 3.0}, [("preference", _Q, {"good": 8.5, "bad": 3.0})]),
+    "skywork": ({"chosen": [_u("Q"), _a("A"), _u("Q2"), _a("good")], "rejected": [_u("Q"), _a("A"), _u("Q2"), _a("bad")],
+                 "source": "s"}, [("preference", [_u("Q"), _a("A"), _u("Q2")], _PAIR)]),
+    "helpsteer3": ({"domain": "code", "context": _Q, "response1": "bad", "response2": "good", "overall_preference": 2},
+                   [("preference", _Q, {"good": 2.0, "bad": 0.0})]),
+    "helpsteer3-first": ({"context": _Q, "response1": "good", "response2": "bad", "overall_preference": -1},
+                         [("preference", _Q, _PAIR)]),
+    "hh-rlhf": ({"chosen": _HH + " good", "rejected": _HH + " bad"},
+                [("preference", [_u("Q"), _a("A"), _u("Q2")], _PAIR)]),
+    "hh-prompt": ({"prompt": _HH, "chosen": " good", "rejected": " bad"},
+                  [("preference", [_u("Q"), _a("A"), _u("Q2")], _PAIR)]),
+    "oasst": ({"message_tree_id": "t", "prompt": _TREE}, [
+        ("preference", _Q, {"worst": 0.0, "mid": 1.0, "best": 2.0}),
+        ("preference", [_u("Q"), _a("best"), _u("Q2")], {"first": 1.0, "second": 0.0})]),
+    "pandalm": (_PANDA, [("preference", [_u("Do\n\nthis")], {"x": 0.0, "y": 1.0})]),
+    "trl-strings": ({"prompt": "Q", "chosen": "good", "rejected": "bad"}, [("preference", _Q, _PAIR)]),
+    "trl-messages": ({"prompt": _Q, "chosen": [_a("good")], "rejected": [_a("bad")]}, [("preference", _Q, _PAIR)]),
+    "trl-implicit": ({"chosen": "The sky is blue.", "rejected": "The sky is black."},
+                     [("preference", [_u("The sky is")], {"blue.": 1.0, "black.": 0.0})]),
+    "solutions": ({"question": "Q", "ground_truth": "so\nA: 18", "6b": {"is_correct": False, "solution": "bad"},
+                   "175b": {"is_correct": True, "solution": "good"}}, [("preference", _Q, _PAIR)]),
+    "gsm8k": ({"question": "Q", "answer": "1000 + 250\n#### 1,250"}, [("verifiable", _Q, "1250")]),
+    "deepscaler": ({"problem": "Q", "answer": "7", "solution": "\\boxed{8}"}, [("verifiable", _Q, "7")]),
+    "math": ({"problem": "Q", "level": "1", "solution": "\\boxed{0}, no: $\\boxed{\\frac{1}{2}}$."},
+             [("verifiable", _Q, "\\frac{1}{2}")]),
+    "svamp": ({"ID": "1", "Body": "If a dvd costs 76", "Question": "What do you pay?", "Answer": 51.0},
+              [("verifiable", [_u("If a dvd costs 76, What do you pay?")], "51")]),
+    "llmbar": ({"input": "Q", "output_1": "bad", "output_2": "good", "label": 2}, [("preference", _Q, _PAIR)]),
+    "alpaca": ({"instruction": "Do", "input": "this", "output": "no"}, [("open", [_u("Do\n\nthis")], None)]),
+    "seed-task": ({"instruction": "Do", "instances": [{"input": "this", "output": "no"}]},
+                  [("open", [_u("Do\n\nthis")], None)]),
+    "ultrachat": ({"prompt": "Q", "messages": [_u("Q"), _a("A"), _u("Q2"), _a("A2")]}, [("open", _Q, None)]),
+    "prompt": ({"prompt": "Q", "key": 1}, [("open", _Q, None)]),
+    "string": ("Q", [("open", _Q, None)]),
+}
+
+def _write(path, rows):
+    path.write_text("".join((row if row == "{oops" else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+def _run(tmp_path, *arguments, out="out"):
+    data_prep.main([*map(str, arguments), "--out", str(tmp_path / out)])
+    return [[json.loads(line) for line in open(tmp_path / out / f"{side}.jsonl")] for side in ("train", "heldout")]
+
+@pytest.mark.parametrize("name", _SCHEMAS)
+def test_data_schema(name, tmp_path):
+    """Bug: a schema taken for another one, or its truth upside down (rank 0 best, HelpSteer3's sign, "N/A" as 0)."""
+    raw, expected = _SCHEMAS[name]
+    rows, _ = _run(tmp_path, _write(tmp_path / "x.jsonl", [raw]), "--heldout", 0)
+    rows.sort(key=lambda row: len(row["prompt"]))
+    assert all(urpo.row_problem(row) is None and row["source"] == "x.jsonl" for row in rows)
+    got = [(row["kind"], row["prompt"], row.get("answer") or
+            (dict(zip(row["responses"], row["scores"])) if "responses" in row else None)) for row in rows]
+    assert got == expected
+
+@pytest.mark.parametrize("bad", [
+    _PANDA | {"annotator1": 1, "annotator2": 0, "annotator3": 2}, _PANDA | {"response1": False},
+    {"question": 3, "answer": "#### 1"}, {"question": "Q", "answer": "1"}, {"problem": "Q", "solution": "no box"},
+    {"instruction": "Q", "completions": [None]}, {"unheard": 1}, [1], None, 7,
+    {"message_tree_id": "t", "prompt": {"text": "Q", "role": "prompter", "replies": "none"}}, "{oops",
+    {"context": _Q, "response1": "a", "response2": "b", "overall_preference": 0}, {"messages": [{"role": "user"}]},
+    {"chosen": "same", "rejected": "same", "prompt": "Q"}, {"prompt": "half \ud800"}, {"text": "Q", "label": 1},
+    {"chosen": [_u("Q"), _a("x")], "rejected": [_u("R"), _a("y")]}, {"kind": "open", "prompt": "A"}, "a  GOOD one"])
+def test_data_bad_rows_are_dropped_with_a_reason(bad, tmp_path, capsys):
+    """Bug: one broken, tied, repeated (" a  GOOD one") or foreign row stops the run, or gets through."""
+    source = _write(tmp_path / "x.jsonl", ["a good one", {"prompt": "a", "key": 1}, bad])
+    rows, _ = _run(tmp_path, source, "--heldout", 0)
+    assert len(rows) == 2 and " 1 dropped: " in capsys.readouterr().out
+
+def test_data_file_forms(tmp_path):
+    """Bug: an array, bare strings or parquet read as something else; None columns of parquet taken for values."""
+    (tmp_path / "array.json").write_text('["one", {"prompt": "two"}]')
+    (tmp_path / "lines.json").write_text('"three"\n\n"four"')
+    mixed = [{"kind": "open", "prompt": "5", "answer": None}, {"kind": "verifiable", "prompt": "6", "answer": "6"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(mixed), tmp_path / "x.parquet")
+    files = [tmp_path / name for name in ("array.json", "lines.json", "x.parquet")]
+    assert len(_run(tmp_path, *files, "--heldout", 0)[0]) == 6
+
+def test_data_order_does_not_leak_the_truth(tmp_path):
+    """Bug: the chosen response is always stored first. 400 fair coins: outside 150..250 once in about 10^6 runs."""
+    raw = [{"prompt": f"Q{i}", "chosen": "good", "rejected": "bad"} for i in range(400)]
+    rows, _ = _run(tmp_path, _write(tmp_path / "x.jsonl", raw), "--heldout", 0)
+    assert 150 < sum(row["responses"][0] == "good" for row in rows) < 250
+    assert all(dict(zip(row["responses"], row["scores"])) == _PAIR for row in rows)
+
+def test_data_split_exclude_and_seed(tmp_path):
+    """Bug: a prompt in training and held-out data, an evaluation prompt kept for its case, or another result a run."""
+    pairs = [{"prompt": f"Q{i % 50}", "chosen": f"good{i}", "rejected": "bad"} for i in range(100)]
+    source = _write(tmp_path / "x.jsonl", pairs + [{"prompt": f"q{i}"} for i in range(50)])
+    tie = {"context": [_u(" q7 ")], "response1": "", "response2": "b", "overall_preference": 0}  # no task, yet a prompt
+    command = (source, "--heldout", 10, "--exclude", _write(tmp_path / "t.jsonl", [tie]))
+    train, held = _run(tmp_path, *command)
+    openings = [{data_prep.normal(row["prompt"][0]["content"]) for row in side} for side in (train, held)]
+    assert not openings[0] & openings[1] and len(openings[0] | openings[1]) == 49 and len(train + held) == 147
+    assert sum(row["kind"] == "preference" for row in held) >= 10 and sum(row["kind"] == "open" for row in held) >= 5
+    assert [train, held] == _run(tmp_path, *command, out="again")
+    other = sum(_run(tmp_path, *command, "--seed", 1), [])
+    assert sorted(map(str, train + held)) != sorted(map(str, other))  # not only another order of rows
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+def test_data_as_kind_and_limit(tmp_path):
+    """Bug: LIMIT takes the first rows of a sorted set; `--as open` keeps answers or loses tied rows."""
+    source = _write(tmp_path / "x.jsonl", [{"problem": f"Q{i}", "answer": "1"} for i in range(200)])
+    rows, _ = _run(tmp_path, source + ":20", "--as", "open", "--heldout", 0)
+    assert len(rows) == 20 and max(int(row["prompt"][0]["content"][1:]) for row in rows) > 50
+    assert all(row["kind"] == "open" and "answer" not in row for row in rows)
+    solutions = _write(tmp_path / "s.jsonl", [_SCHEMAS["solutions"][0]])
+    assert _run(tmp_path, solutions, "--as", "verifiable", "--heldout", 0)[0][0]["answer"] == "18"
+
+def test_data_sums_are_right():
+    """Bug: a wrong answer key, or scores that do not follow from working and box."""
+    rows = data_prep.sums(300, random.Random(0))
+    assert [row["kind"] for row in rows] == ["verifiable"] * 300 + ["preference"] * 150
+    assert len({row["prompt"][0]["content"] for row in rows}) == 450
+    compute = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    written = re.compile(r"(\d+) ([-+*]) (\d+)")
+    for row in rows[:300]:
+        for a, op, b in written.findall(row["prompt"][0]["content"]):
+            assert int(row["answer"]) == compute[op](int(a), int(b)) >= 0
+    for row in rows[300:]:
+        assert sorted(row["scores"]) == [0.0, 0.3, 0.6, 1.0]
+        _, [problem] = max((score, written.findall(text)) for text, score in zip(row["responses"], row["scores"]))
+        for text, score in zip(row["responses"], row["scores"]):
+            (a, op, b), = written.findall(text)
+            right, numbers = str(compute[op](int(a), int(b))), re.findall(r"\d+", written.sub("", text).replace("Step", ""))
+            work, box = numbers[-2:]
+            grade = 1.0 if work == box == right else 0.6 if work == right else 0.3
+            assert score == (grade if (a, op, b) == problem else 0.0), text
+
+def test_data_check_lists_every_bad_row(tmp_path, capsys):
+    """Bug: --check stops at the first bad row, or passes a file the trainer refuses."""
+    path = _write(tmp_path / "x.jsonl", [{"kind": "open", "prompt": "a"}, "{oops", {"kind": "no"}, [], {
+        "kind": "preference", "prompt": "a", "responses": ["x", "y"], "scores": [1, float("nan")]}])
+    with pytest.raises(SystemExit) as stop:
+        data_prep.main(["--check", path])
+    out = capsys.readouterr().out
+    assert stop.value.code == 1 and [f"x.jsonl:{n}: " in out for n in range(1, 6)] == [False] + [True] * 4
+
+@pytest.mark.parametrize("name, content", [
+    ("x.jsonl", None), ("x.parquet", b"PAR1 no"), ("x.json", b"[1,"), ("x.jsonl", b""), ("x.jsonl", b'{"odd": 1}'),
+    ("owner/unknown", None), ("sums", None)])
+def test_data_bad_input_is_one_line(name, content, tmp_path, monkeypatch):
+    """Bug: a traceback, or an old train.jsonl emptied, for a missing file, foreign columns or no network."""
+    monkeypatch.setattr(data_prep.datasets.config, "HF_HUB_OFFLINE", True)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(urpo.BadInput) as stop:
+        _run(tmp_path, name if content is None else tmp_path / name)
+    assert "\n" not in str(stop.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("instruction, response, quality", [
+    ("List 3 different fruits", "apple pear plum", 1.0), ("List 3 different fruits", "apple apple plum", 2 / 3),
+    ("Name 2 different tools", "saw apple dog saw", 0.25), ("Name 2 different tools", "", 0.0)])
+def test_tiny_quality(instruction, response, quality):
+    """Bug: repeats, foreign words or padding are paid for by the world's own ruler."""
+    assert data_prep.tiny_quality(instruction, response) == pytest.approx(quality)
+
+
+def test_tiny_world(tmp_path):
+    """Bug: held-out instructions or problems are trained on; a word of a prompt is unknown to the shipped tokenizer
+    (the judge template was changed, but assets/tiny was not made again)."""
+    data_prep.make_tiny(tmp_path)
+    train, held = (urpo.load_rows(str(tmp_path / f"{name}.jsonl")) for name in ("train", "heldout"))
+    seen = {row["prompt"][0]["content"] for row in train}
+    assert not [row for row in held if row["prompt"][0]["content"] in seen]
+    tokenizer = AutoTokenizer.from_pretrained(urpo.PRESETS["tiny"]["model"])
+    rng, config = random.Random(0), urpo.Config(list_size=3)
+    for row in train[::100] + held[::10]:
+        ids = KINDS[row["kind"]].group(row, tokenizer, rng, config).prompt_ids
+        nonces = (row["kind"] == "preference") * (min(3, len(row.get("responses", []))) + 3)
+        assert ids.count(tokenizer.unk_token_id) == nonces, tokenizer.decode(ids)
