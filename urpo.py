@@ -54,6 +54,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import logging as transformers_logging
 
 
 class BadInput(SystemExit):
@@ -130,8 +131,8 @@ PRESETS = {
     # two cores, five minutes: a small transformer with its own little language (data_prep.py, "tiny world")
     "tiny": dict(model=str(Path(__file__).resolve().parent / "assets/tiny"), data="data/tiny/train.jsonl",
                  eval_data="data/tiny/heldout.jsonl", steps=40, prompts_per_step=24, learning_rate=4e-4,
-                 kl_coef=0.03, max_new_tokens=16, judge_max_new_tokens=64, list_size=3, eval_every=20, eval_rows=300,
-                 save_every=20, sample_every=20),
+                 kl_coef=0.03, max_new_tokens=16, judge_max_new_tokens=64, list_size=3, eval_every=20,
+                 eval_rows=300, save_every=20, sample_every=20),
     # one GPU of 24 GB
     "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB_DATA, warmup_steps=20, microbatch_tokens=16384),
     # eight GPUs of 80 GB; a base model stops at <|endoftext|>, its chat template ends turns with <|im_end|>
@@ -266,7 +267,7 @@ def judge_messages(prompt_messages, responses: Sequence[str], nonce: str) -> lis
 
 
 def judge_prompt(tokenizer, prompt_messages, responses, rng: random.Random, budget: int) -> list[int]:
-    """Ids [P <= budget]: long responses lose their middle, the template nothing. If that is not enough: ValueError."""
+    """Ids [P <= budget]: long responses lose their middle, the template nothing. Or ValueError."""
     nonce = f"{rng.getrandbits(24):06x}"
     limit = max(map(len, responses))  # characters that a response may keep
     while len(ids := encode(tokenizer, judge_messages(prompt_messages, responses, nonce))) > budget:
@@ -486,7 +487,7 @@ NUMERAL = r"(\d+\.?\d*|\.\d+)"
 
 def final_answer(text: str) -> str:
     """What a completion claims: its last \\boxed{}, what follows the last ####, its last number, or ""."""
-    said = text.rpartition("</think>")[2]  # a box inside of the thinking is not the answer, unless nothing follows
+    said = text.rpartition("</think>")[2]  # a box among thoughts is no answer if one follows
     text = said if said.strip() else text
     _, box, rest = text.rpartition("\\boxed{")
     if box:
@@ -658,7 +659,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
     per_token = -torch.min(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)  # [B, T]
     kl = torch.zeros_like(mask)
     if kl_coef:
-        # k3: its gradient is that of KL(ref || pi). The log-ratio is clamped, not KL: exp(90) is inf in float32
+        # k3: its gradient is that of KL(ref || pi). The log-ratio is clamped, not KL: exp(90) is inf
         d = (ref_logprobs - logprobs).masked_fill(mask == 0, 0).clamp(-20, 20)
         kl = d.exp() - d - 1
         per_token = per_token + kl_coef * kl
@@ -772,7 +773,7 @@ def completion_logprobs(model, prompt_ids: list[int], completions: list[list[int
 
 
 # ================================================================================ 6 One step
-# prompts of a supervised step, over all ranks; many of the answers are cut or name no number, and teach nothing
+# prompts of a supervised step over all ranks; many answers are cut or name no number, and teach nothing
 WARMUP_PROMPTS = {"verifiable": 8, "preference": 4}
 pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # tensors [T] -> [B, T]
 
@@ -909,20 +910,22 @@ def phase(seconds: dict[str, float], name: str, ranks: "Ranks"):
 def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], config: Config, ranks: "Ranks"):
     """Supervised steps on the *form* alone, for a weak model that never finds it (our choice; off for 7B).
 
-    Verifiable: the policy's own greedy answer to the bare problem, the last number of it put into a box. Judge
-    prompts: a sentence with a random order, and a block of scores in that order. Nothing of the truth is taught."""
+    Verifiable: the policy's own greedy answer to the bare problem, its last number put into a box. Judge
+    prompts: a sentence with a random order, and a block of scores in that order. No truth is taught."""
     for step in tqdm(range(config.warmup_steps), desc="warm-up", disable=not ranks.main):
         rng = random.Random(f"{config.seed}/warm-up/{step}/{ranks.rank}")
         kinds = [kind for kind, count in WARMUP_PROMPTS.items() if rows_by_kind.get(kind)
                  for _ in range(-(-count // ranks.world))]
-        groups = [KINDS[kind].group(rng.choice(rows_by_kind[kind]), policy.tokenizer, rng, config) for kind in kinds]
+        groups = [KINDS[kind].group(rng.choice(rows_by_kind[kind]), policy.tokenizer, rng, config)
+                  for kind in kinds]
         bare = {id(group): Group(group.row, encode(policy.tokenizer, group.row["prompt"]))
                 for kind, group in zip(kinds, groups) if kind == "verifiable"}
         with ranks.unsharded(policy.model):
             rollout(policy, list(bare.values()), 1, 0.0, config)
         texts = [boxed_form(bare[id(g)]) if id(g) in bare else judged_form(len(g.truth), rng) for g in groups]
-        pairs = [(g.prompt_ids, [policy.tokenizer(text, add_special_tokens=False).input_ids + policy.stop_ids[-1:]])
-                 for g, text in zip(groups, texts) if text]
+        ids = [policy.tokenizer(text, add_special_tokens=False).input_ids + policy.stop_ids[-1:]
+               for text in texts]
+        pairs = [(g.prompt_ids, [target]) for g, text, target in zip(groups, texts, ids) if text]
         batches = ranks.equal_count(pack(pairs, policy.model.config.hidden_size, config.microbatch_tokens))
         [total] = ranks.sum([len(pairs)])
         for b, rows in enumerate(batches):
@@ -1128,7 +1131,7 @@ class Ranks:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BadInput(f"{name}: not a model that can be loaded: {str(error).splitlines()[0]}")
         if loading["missing_keys"]:  # transformers would fill them with random numbers
-            raise BadInput(f"{name}: weights are missing: {', '.join(sorted(loading['missing_keys'])[:3])} ...")
+            raise BadInput(f"{name}: weights are missing: {sorted(loading['missing_keys'])[:3]} ...")
         model = model.to(self.device).requires_grad_(trainable).eval()
         for module in model.modules():  # with dropout the ratio of an on-policy step would not be 1
             for attribute in ("p", "attention_dropout"):
@@ -1173,7 +1176,7 @@ class Ranks:
 
 
 def check_architecture(model):
-    """Packed rows are exact with sdpa and full attention in all layers: refuse the rest by name, try the model."""
+    """Packed rows are exact with sdpa and full attention in all layers: refuse the rest by name, then try."""
     config, prompt, completions = model.config, [1, 2, 3, 4, 5], [[6, 7, 8], [9, 10]]
     other = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if not hasattr(config, "layer_types") and getattr(config, "sliding_window", None):
@@ -1198,7 +1201,7 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks, kee
         shutil.rmtree(temporary, ignore_errors=True)
     ranks.gather(None)  # nobody writes before it is gone
     dcp.save(dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer))),
-             checkpoint_id=temporary)
+             checkpoint_id=temporary, no_dist=ranks.world == 1)
     ranks.gather(None)  # nobody renames before all have written
     if ranks.main:
         temporary.rename(folder / f"step-{step}")
@@ -1209,7 +1212,7 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks, kee
 def load_checkpoint(path: Path, model, optimizer) -> int:
     """Weights and optimizer, in place, on any number of ranks -> the step."""
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    dcp.load(state, checkpoint_id=path)
+    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     weights, moments = state["model"], state["optimizer"]
     dcp_state.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return int(path.name.removeprefix("step-"))
@@ -1419,6 +1422,7 @@ def new_optimizer(model, learning_rate: float, config: Config):
 
 def train(config: Config) -> Path:
     """The whole run -> path of its final Hugging Face folder."""
+    transformers_logging.disable_progress_bar()  # a bar for every file read would bury the run's own
     with closing(Ranks(config)) as ranks:
         return run(config, ranks)
 
