@@ -951,6 +951,36 @@ def test_sigterm(settings, folder, data, tmp_path):
     assert [line["step"] for line in metrics_of(final)] == list(range(1, done + 3)) and (final / "model.safetensors").exists()
 
 
+def test_forms():
+    """Hazard: a warm-up that teaches the truth, or a form that its own parser refuses."""
+    answer = lambda text, cut=False: urpo.Group({}, [], texts=[text], truncated=[cut])
+    assert urpo.boxed_form(answer("He has 9 + 6 = 15 books.")) == "He has 9 + 6 = 15 books.\n\\boxed{15}"  # right or wrong
+    assert urpo.boxed_form(answer("no number")) == urpo.boxed_form(answer("9 + 6 = 15", cut=True)) == ""
+    firsts = set()
+    for seed in range(100):
+        text = urpo.judged_form(3, random.Random(seed))
+        scores, said = parse_scores(text, 3), re.search("worst: (.*)\\.", text)[1].split(", ")
+        assert said == sorted("ABC", key=lambda label: -scores["ABC".index(label)]) and len(set(scores)) == 3
+        firsts.add(said[0])
+    assert firsts == set("ABC")
+
+
+def test_warm_up(settings, folder, monkeypatch):
+    """Bug: a warm-up that changes nothing, that a resume repeats, or whose result is not what the reference is a copy of."""
+    loaded, load = [], urpo.Ranks.load
+    monkeypatch.setattr(urpo.Ranks, "load", lambda self, name, *rest, **more:
+        loaded.append(str(name)) or load(self, name, *rest, **more))
+    monkeypatch.setattr(urpo, "boxed_form", lambda group: "w1 w2")
+    final = urpo.train(settings(steps=1, warmup_steps=3, warmup_learning_rate=1e-2, kl_coef=0.1))
+    warmed = str(final.parent / "warmed_up")
+    assert loaded == [folder, warmed, warmed]
+    before, after = weights_of(folder), weights_of(warmed)
+    assert all(not torch.equal(before[name], after[name]) for name in before if "norm" not in name)
+    loaded.clear()
+    urpo.train(settings(steps=1, warmup_steps=3, warmup_learning_rate=1e-2, kl_coef=0.1, resume="auto"))
+    assert loaded == [warmed, warmed]
+
+
 # ================================================================================================ bad input
 OPEN, PAIR = {"kind": "open", "prompt": "w1"}, ROWS[1]
 

@@ -928,11 +928,10 @@ def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], confi
         pairs = [(g.prompt_ids, [target]) for g, text, target in zip(groups, texts, ids) if text]
         batches = ranks.equal_count(pack(pairs, policy.model.config.hidden_size, config.microbatch_tokens))
         [total] = ranks.sum([len(pairs)])
-        for b, rows in enumerate(batches):
-            ranks.sync_gradients(policy.model, b == len(batches) - 1)
-            weights = [float(owner >= 0) for row in rows for owner in row.owners]
-            losses = [-lp.mean() * w for lp, w in zip(row_logprobs(policy.model, rows, 1.0), weights)]
-            (sum(losses) / max(1, total) * ranks.world).backward()
+        for b, batch in enumerate(batches):
+            weights = [float(owner >= 0) for row in batch for owner in row.owners]
+            losses = [-lp.mean() * w for lp, w in zip(row_logprobs(policy.model, batch, 1.0), weights)]
+            ranks.backward(policy.model, sum(losses) / max(1, total), last=b == len(batches) - 1)
         ranks.clip_grad_norm(policy.model, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
