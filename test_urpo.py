@@ -951,6 +951,19 @@ def test_sigterm(settings, folder, data, tmp_path):
     assert [line["step"] for line in metrics_of(final)] == list(range(1, done + 3)) and (final / "model.safetensors").exists()
 
 
+def test_a_new_kind_is_one_function_and_one_line(settings, tmp_path, monkeypatch):
+    """Bug: a place that lists the kinds by hand, so that README's example of a new one does not run."""
+    def copied_rewards(groups, judge, config, rng):
+        return [[float(text.strip() in g.row["prompt"][-1]["content"].split()) for text in g.texts] for g in groups]
+
+    monkeypatch.setitem(KINDS, "copied", urpo.Kind(lambda row: None, urpo.open_group, copied_rewards))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:3], {"kind": "copied", "prompt": "w5 w6"}] * 10))
+    final = urpo.train(settings(data=str(path), steps=1, mix="1:0:0:1", eval_every=1, prompts_per_step=4))
+    held_out, step = metrics_of(final)[:2]
+    assert "eval/copied_accuracy" in held_out and "reward/copied" in step and "reward/open" not in step
+
+
 def test_forms():
     """Hazard: a warm-up that teaches the truth, or a form that its own parser refuses."""
     answer = lambda text, cut=False: urpo.Group({}, [], texts=[text], truncated=[cut])

@@ -1,7 +1,7 @@
 """URPO: one language model learns to answer and to judge in one GRPO loop (arXiv 2507.17515, AAAI 2026).
 
 Run it
-    python urpo.py                                   tiny world: no GPU, no network, five minutes on two cores
+    python urpo.py                                   tiny world: no GPU, no network, two minutes on two cores
     python urpo.py --preset small                    Qwen2.5-0.5B-Instruct on one GPU
     torchrun --nproc_per_node 8 urpo.py              Qwen2.5-7B, FSDP2 on eight GPUs
     python urpo.py --model FOLDER --data FILE.jsonl  any causal LM with full attention, any rows
@@ -128,7 +128,7 @@ class Config:
 
 HUB_DATA = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl")
 PRESETS = {
-    # two cores, five minutes: a small transformer with its own little language (data_prep.py, "tiny world")
+    # two cores, two minutes: a small transformer with its own little language (data_prep.py, "tiny world")
     "tiny": dict(model=str(Path(__file__).resolve().parent / "assets/tiny"), data="data/tiny/train.jsonl",
                  eval_data="data/tiny/heldout.jsonl", steps=40, prompts_per_step=24, learning_rate=4e-4,
                  kl_coef=0.03, max_new_tokens=16, judge_max_new_tokens=64, list_size=3, eval_every=20,
