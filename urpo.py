@@ -52,8 +52,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
+                          HfArgumentParser, StoppingCriteriaList)
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 
@@ -339,25 +341,66 @@ def shuffled(n: int, key: str) -> list[int]:
 
 
 # ================================================================================ 2 Sample
-class GrowingLayer(DynamicLayer):
-    """A cache layer that writes in place; DynamicLayer copies the whole cache for each token (torch.cat)."""
+class SharedPromptLayer(DynamicLayer):
+    """A cache layer that holds the prompt of a group once, and behind it the n completions' own tokens.
 
-    SPARE = 64  # tokens of room at a time: two copies in 64 steps, at most 64 tokens of memory too much
-    room = None  # keys and values with spare places behind them
+    Prompts fill it as they fill any DynamicLayer; `batch_repeat_interleave(n)` does not copy them n times but
+    lays them aside. What follows is written in place: DynamicLayer would copy the cache for every token."""
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        if self.room is None or end > self.room[0].shape[-2]:
-            whole = super().update(key_states, value_states)
-            self.room = [torch.nn.functional.pad(kv, (0, 0, 0, self.SPARE)) for kv in whole]
-        else:
-            self.room[0][..., start:end, :], self.room[1][..., start:end, :] = key_states, value_states
-        self.keys, self.values = (kv[..., :end, :] for kv in self.room)
-        return self.keys, self.values
+    SPARE = 64  # tokens of room at first; it doubles when it is full
+    prompt = None  # keys and values [B, kv heads, P, head dim]; self.keys and self.values are then [B * n, ...]
 
     def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self.room = None  # it has the old batch size
+        self.prompt, self.length = (self.keys, self.values), 0
+        batch, heads, _, size = self.keys.shape
+        self.room = [kv.new_empty(batch * repeats, heads, self.SPARE, size) for kv in self.prompt]
+
+    def get_seq_length(self):
+        return self.prompt[0].shape[-2] + self.length if self.prompt else super().get_seq_length()
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.prompt:
+            return super().update(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        if self.length > self.room[0].shape[-2]:
+            self.room = [torch.cat([kv, torch.empty_like(kv)], -2) for kv in self.room]
+        for room, states in zip(self.room, (key_states, value_states)):
+            room[..., start : self.length, :] = states
+        self.keys, self.values = (room[..., : self.length, :] for room in self.room)
+        self.keys.prompt = self.prompt  # transformers hands keys and values alone on to group_attention
+        return self.keys, self.values
+
+
+def group_attention(module, query, key, value, attention_mask, scaling=None, prompt_length=0, **kwargs):
+    """sdpa for completions that share a prompt -> [B, L, heads, head dim], None.
+
+    In a packed row (section 5) the first `prompt_length` places are causal, which sdpa computes in half the
+    time without a mask; the mask is that of the other places. While sampling, one token of each of the n
+    completions of a group meets its prompt's keys, which are read once for all of them, and its own."""
+    sdpa = functools.partial(sdpa_attention_forward, module, scaling=scaling, **kwargs)
+    if prompt_length:
+        first, _ = sdpa(*(x[:, :, :prompt_length] for x in (query, key, value)), None)
+        rest, _ = sdpa(query[:, :, prompt_length:], key, value, attention_mask)
+        return torch.cat([first, rest], 1), None
+    if not hasattr(key, "prompt"):
+        return sdpa(query, key, value, attention_mask)
+    prompt_key, prompt_value = key.prompt
+    rows, heads, _, size = query.shape
+    groups, kv_heads, places, _ = prompt_key.shape
+    query = query.reshape(groups, rows // groups, kv_heads, heads // kv_heads, size)  # one token: no L
+    key, value = (kv.unflatten(0, (groups, -1)) for kv in (key, value))  # [B, n, kv heads, t, head dim]
+    scores = [torch.einsum("bnkrd,bkpd->bnkrp", query, prompt_key),
+              torch.einsum("bnkrd,bnktd->bnkrt", query, key)]
+    scores = torch.cat(scores, -1).float() * scaling  # float32 softmax, as sdpa's
+    if attention_mask is not None:  # [B * n, 1, 1, P + t], False on the padding of shorter prompts
+        scores = scores.masked_fill(~attention_mask.view(groups, -1, 1, 1, scores.shape[-1]), -math.inf)
+    weights = scores.softmax(-1).to(value.dtype)
+    out = (torch.einsum("bnkrp,bkpd->bnkrd", weights[..., :places], prompt_value)
+           + torch.einsum("bnkrt,bnktd->bnkrd", weights[..., places:], value))
+    return out.reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register("sdpa", group_attention)  # for any model that is loaded with sdpa
 
 
 class LogprobRecorder:
@@ -393,22 +436,24 @@ def stop_token_ids(tokenizer, generation_config, extra: str = "") -> list[int]:
 def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperature: float,
            stop_ids: list[int], max_tokens: int = 131072, progress: str = "") -> list[list[tuple]]:
     """n completions for each prompt: (ids with the stop token if it came, truncated?, log-probs [len]).
-    `limits`: new tokens at most, for each prompt. Temperature 0 is greedy. Prompts of similar length share a
-    batch of at most `max_tokens`, so that padding stays small. In evaluation mode; the mode is restored."""
-    results, queue = {}, sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i])))
+    `limits`: new tokens at most, for each prompt. Temperature 0 is greedy. A batch is as large as `max_tokens`
+    in the cache allow, for a step of decoding costs nearly the same for few rows as for many; prompts of
+    similar length share it, so that padding stays small. In evaluation mode; the mode is restored."""
+    results, queue = {}, sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]))
     # generate() fills what a call leaves unset from the model's generation_config (Qwen2.5: top_k 20, ...)
     was_training, kept, model.generation_config = model.training, model.generation_config, GenerationConfig()
     model.eval()
     try:
         with tqdm(total=len(prompts), desc=progress, leave=False, disable=not progress) as bar:
             while queue:
-                first, batch = queue[-1], []  # the longest prompt comes first and sets the width
-                limit = limits[first]
-                most = max(1, max_tokens // (n * (len(prompts[first]) + limit)))
-                while queue and len(batch) < most and limits[queue[-1]] == limit:
+                batch, width, limit = [], len(prompts[queue[-1]]), 0  # the longest prompt sets the width
+                while queue:
+                    limit = max(limit, limits[queue[-1]])
+                    if batch and (len(batch) + 1) * (width + n * limit) > max_tokens:
+                        break
                     batch.append(queue.pop())
-                shown = [prompts[i] for i in batch]
-                results |= zip(batch, generate_groups(model, shown, n, limit, temperature, stop_ids))
+                shown, most = [prompts[i] for i in batch], [limits[i] for i in batch]
+                results |= zip(batch, generate_groups(model, shown, n, most, temperature, stop_ids))
                 bar.update(len(batch))
     finally:
         model.generation_config = kept
@@ -416,14 +461,14 @@ def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperatu
     return [results[i] for i in range(len(prompts))]
 
 
-def generate_groups(model, prompts, n, limit, temperature, stop_ids):
-    """One batch of `sample`: every prompt runs once, its cache is copied n times, `generate` goes on."""
+def generate_groups(model, prompts, n, limits, temperature, stop_ids):
+    """One batch of `sample`: every prompt runs once, `generate` goes on from its cache n times."""
     width, device = max(2, *map(len, prompts)), model.get_input_embeddings().weight.device
     # left padding; the mask says what is padding, so its id is free
     ids = torch.tensor([[stop_ids[0]] * (width - len(p)) + p for p in prompts], device=device)  # [B, P]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = Cache(layer_class_to_replicate=GrowingLayer)
+    cache = Cache(layer_class_to_replicate=SharedPromptLayer)
     # all but the last prompt token (generate wants one); through forward(), so that FSDP sees a root forward
     model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache,
           use_cache=True, logits_to_keep=1)
@@ -431,18 +476,20 @@ def generate_groups(model, prompts, n, limit, temperature, stop_ids):
     # top_k 0 and top_p 1 are "off", unset is not; penalties and min_new_tokens would shift log-probs
     sampling = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
     settings = GenerationConfig(do_sample=temperature > 0, **sampling, num_beams=1, repetition_penalty=1.0,
-                                max_new_tokens=limit, eos_token_id=stop_ids, pad_token_id=stop_ids[0],
+                                max_new_tokens=max(limits), eos_token_id=stop_ids, pad_token_id=stop_ids[0],
                                 use_cache=True)
     recorder = LogprobRecorder(temperature or 1.0)
+    ends = torch.tensor(limits, device=device).repeat_interleave(n) + width
     out = model.generate(  # synced_gpus: ranks sample on their own, with whole weights (section 8)
         ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
-        generation_config=settings, logits_processor=[recorder], synced_gpus=False)[:, width:]  # [B*n, T]
+        generation_config=settings, logits_processor=[recorder], synced_gpus=False,
+        stopping_criteria=StoppingCriteriaList([lambda ids, scores: ids.shape[1] >= ends]))[:, width:]  # [B*n, T]
     recorder.take(out[:, -1:])
     completions = []
-    for tokens, logprobs in zip(out.tolist(), torch.cat(recorder.logprobs, 1).cpu()):
+    for tokens, logprobs, limit in zip(out.tolist(), torch.cat(recorder.logprobs, 1).cpu(), (ends - width).tolist()):
         # the end is the place of the first stop token, never an id count: padding may have the same id
-        end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), None)
-        completions.append((tokens[:end], end is None, logprobs[:end]))
+        end = next((i + 1 for i, token in enumerate(tokens[:limit]) if token in stop_ids), None)
+        completions.append((tokens[: end or limit], end is None, logprobs[: end or limit]))
     return [completions[i : i + n] for i in range(0, len(completions), n)]
 
 
@@ -693,14 +740,18 @@ class Row:
 
 def pack(groups: list[tuple[list[int], list]], hidden_size: int, max_tokens: int) -> list[list[Row]]:
     """(prompt, completions) groups -> micro-batches of rows. Owners count completions over all groups.
-    How many completions share a row is chosen by cost. A row of L tokens costs about L (1 + L / 6h): 24 h^2
-    FLOPs per token and layer in the matrices, 4 h L in dense attention. Long prompts with short completions
-    go together, short prompts with long completions one by one, which needs no mask."""
+    How many completions share a row is chosen by cost. A row costs about L + A / 6h: 24 h^2 FLOPs for each of
+    L tokens and layer in the matrices, 4 h for each of A places of attention (half of a prompt's square, all
+    of a completion token's row). Long prompts with short completions go together, short prompts with long
+    completions one by one, which needs no mask."""
     rows, owner = [], 0
     for prompt, completions in groups:
-        lengths = {k: len(prompt) + k * max(map(len, completions)) for k in range(1, len(completions) + 1)}
-        cost = {k: -(-len(completions) // k) * length * (1 + length / (6 * hidden_size))
-                for k, length in lengths.items() if k == 1 or length <= max_tokens}
+        begin, longest, cost = len(prompt), max(map(len, completions)), {}
+        for k in range(1, len(completions) + 1):
+            length = begin + k * longest
+            attention = length**2 / 2 if k == 1 else begin**2 / 2 + k * longest * length
+            if k == 1 or length <= max_tokens:
+                cost[k] = -(-len(completions) // k) * (length + attention / (6 * hidden_size))
         k = min(cost, key=cost.get)
         for i in range(0, len(completions), k):
             part = completions[i : i + k]
@@ -715,8 +766,9 @@ def pack(groups: list[tuple[list[int], list]], hidden_size: int, max_tokens: int
 
 
 def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """-> ids [R, L], positions [R, L], mask [R, 1, L, L] or None; and for each completion token the place in
-    [R * L] that predicts it, and its id. Positions go on from the prompt's for every completion."""
+    """-> ids [R, L], positions [R, L], mask [R, 1, L - S, L] or None; and for each completion token the place
+    in [R * L] that predicts it, and its id. Positions go on from the prompt's for every completion. The first
+    S places belong to prompts in all rows: they are causal, the mask is about the others (group_attention)."""
     length = max(map(len, rows))
     ids, positions, segments, sources, targets = [], [], [], [], []
     for r, row in enumerate(rows):
@@ -735,20 +787,22 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
     ids, positions, segments, sources, targets = (torch.tensor(x, device=device).long() for x in everything)
     mask = None
     if any(len(row.completions) > 1 for row in rows):  # each token sees the prompt and its own completion
-        own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-        mask = own.tril().unsqueeze(1)
+        split = min(len(row.prompt) for row in rows)
+        own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, split:, None])
+        mask = own.tril(split).unsqueeze(1)
     return ids, positions, mask, sources, targets
 
 
 def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
     logits = head(hidden).float() / temperature  # [chunk, V]
-    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+    return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")  # both ways one fused kernel
 
 
 def token_logprobs(model, ids, positions, mask, sources, targets, temperature: float) -> Tensor:
     """log-probs [tokens] of `targets`. Only completion positions meet the lm_head, in chunks which backward
     computes again: [tokens, V] never exists. A method of the model, so that FSDP can wrap it (section 8)."""
-    out = model.base_model(ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    shared = {} if mask is None else {"prompt_length": ids.shape[1] - mask.shape[2]}
+    out = model.base_model(ids, position_ids=positions, attention_mask=mask, use_cache=False, **shared)
     hidden, head = out.last_hidden_state.flatten(0, 1)[sources], model.get_output_embeddings()
     return torch.cat([checkpoint(head_logprobs, head, h, t, temperature, use_reentrant=False)
                       for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))])
