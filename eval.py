@@ -974,7 +974,8 @@ def everything(options, ranks: Ranks):
         row = {"model": options.name or model_name(model)}
         for command in ("alpaca", "rewardbench", "reasoning"):
             part, given = vars(make_parser().parse_args([command])), vars(options)
-            part |= {flag: given[flag] for flag in part if flag in given} | {"command": command, "model": model}
+            part |= {flag: given[flag] for flag in part if flag in given}
+            part |= {"command": command, "model": model}
             if "data" in part:
                 part["data"] = options.pairs if command == "rewardbench" else options.problems
             scores = COMMANDS[command](argparse.Namespace(**part), ranks)
