@@ -276,16 +276,15 @@ def read_rows(source: str, limit: int = 0) -> list:
     rows = list(data_prep.load(data_prep.parse_source(source), random.Random(0)))
     if not rows:
         raise BadInput(f"{source}: has no rows")
-    return rows[:limit] if limit else rows
+    return rows[: limit or None]
 
 
 def read_tasks(source: str, kind: str, limit: int, convert) -> list[tuple[int, dict, dict]]:
     """(row number, raw row, task) of one kind; convert(row) -> its tasks. Rows of our own format and another
     kind are left out; BadInput names any other row that is of no use: benchmarks have none to spare."""
-    found = []
-    for number, row in enumerate(read_rows(source, limit), 1):
-        if isinstance(row, dict) and row.get("kind", kind) != kind:
-            continue
+    found, rows = [], enumerate(read_rows(source), 1)
+    rows = [(i, row) for i, row in rows if not isinstance(row, dict) or row.get("kind", kind) == kind]
+    for number, row in rows[: limit or None]:
         try:
             tasks = convert(row)
         except data_prep.Drop as reason:

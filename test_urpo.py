@@ -1437,7 +1437,8 @@ def test_eval_difficulty_goes_by_instruction():
     assert official not in whole and "v1" in whole[name].note
     mixed, _, more = evaluators.alpaca_scores(random.Random(0).sample(annotations, 60), order, difficulty, gamed)
     weights = evaluators.length_controlled(rows, difficulty, gamed, C=more["fits"][name]["C"])["weights"]
-    assert more["fits"][name]["weights"] == pytest.approx(weights) and abs(mixed[official].value - mixed[name].value) > 0.1
+    assert more["fits"][name]["weights"] == pytest.approx(weights)
+    assert mixed[official].error < 0.5 < mixed[name].error  # a difficulty that fits no instruction spreads nothing
     part, notes, _ = evaluators.alpaca_scores(annotations[1:], order, difficulty, gamed)
     alone = evaluators.length_controlled(rows[1:], difficulty[1:], gamed)["length_controlled_winrate"]
     shifted = evaluators.length_controlled(rows[1:], difficulty[:-1], gamed)["length_controlled_winrate"]
