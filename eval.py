@@ -104,7 +104,7 @@ class Evaluation:
     def __init__(self, command: str, options, ranks: Ranks, files: list[str]):
         self.options, self.ranks, self.loaded, self.start = options, ranks, (None, None), time.time()
         self.name = options.name or model_name(options.model or options.annotations)
-        self.folder = trial_name(Path(options.out_dir) / self.name, options.limit) / command
+        self.folder = Path(options.out_dir) / f"{self.name}{trial_suffix(options.limit)}" / command
         used = [options.model, getattr(options, "judge", ""), *files]
         self.settings = {key: value for key, value in vars(options).items() if key not in NO_EFFECT}
         self.settings["contents"] = {name: content_hash(name) for name in used if name}
@@ -115,7 +115,7 @@ class Evaluation:
         """Results are never mixed, nor overwritten by those of other settings, weights or files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path, settings = self.folder / "settings.json", self.settings
-        was = json.loads(path.read_text()) if path.exists() else settings
+        was = json.loads(path.read_text()) if any(self.folder.glob("*.jsonl")) else settings
         if differ := sorted(key for key in {*was, *settings} if was.get(key) != settings.get(key)):
             return f"{self.folder} holds results of other {', '.join(differ)}: give another --name"
         self.write("settings.json", settings)
@@ -206,8 +206,8 @@ class Evaluation:
         return scores
 
 
-def trial_name(path: Path, limit: int) -> Path:
-    return path.with_name(f"{path.stem}-limit{limit}{path.suffix}") if limit else path
+def trial_suffix(limit: int) -> str:
+    return f"-limit{limit}" if limit else ""
 
 
 def trial_mark(limit: int) -> str:
@@ -223,7 +223,8 @@ def model_name(path: str) -> str:
 def set_name(source: str) -> str:
     """aime24/test.jsonl is aime24, openai/gsm8k@main#test is gsm8k."""
     path = Path(data_prep.parse_source(source).name)
-    return path.parent.name if path.stem in ("test", "train") and path.parent.name else path.stem
+    name = re.sub(r"\.(jsonl?|parquet)$", "", path.name)
+    return path.parent.name if name in ("test", "train") and path.parent.name else name
 
 
 def content_hash(name: str) -> str:
@@ -981,7 +982,7 @@ def everything(options, ranks: Ranks):
             row |= {key: scores.get(name, Score()) for key, (of, name) in HEADLINES.items() if of == command}
         rows.append(row)
     if ranks.main:
-        path = trial_name(Path(options.out_dir) / "all.json", options.limit)
+        path = Path(options.out_dir) / f"all{trial_suffix(options.limit)}.json"
         named = [{key: score._asdict() if key in HEADLINES else score for key, score in row.items()}
                  for row in rows]
         path.write_text(to_json({"scale": "percent", "rows": named, "versions": versions()}, indent=2))

@@ -1686,8 +1686,15 @@ def test_eval_resumes(evaluate, monkeypatch, tmp_path):
         evaluate("reasoning", **flags | dict(seed=1))
     with pytest.raises(BadInput, match="contents"):  # the same path, another model
         evaluate("reasoning", **flags, model=save(tmp_path / "other", seed=3))
-    trial, out = evaluate("reasoning", **flags, limit=3, name="trial")
-    assert trial["trial"] and out.parent.name == "trial-limit3" and trial["scores"]["composite"]["n"] == 3
+    trial, out = evaluate("reasoning", **flags, limit=3, name="m-2.5")
+    assert trial["trial"] and out.parent.name == "m-2.5-limit3" and trial["scores"]["composite"]["n"] == 3
+
+
+@pytest.mark.parametrize("source, name", [("a/aime24/test.jsonl", "aime24"), ("openai/gsm8k@main#test", "gsm8k"),
+    ("x/my.v2.json", "my.v2"), ("test.jsonl", "test"), ("o/Qwen2.5-set", "Qwen2.5-set")])
+def test_eval_set_names(source, name):
+    """Bug: all suites are called `test`, the file's name in the usual collections, or lose what follows a dot."""
+    assert evaluators.set_name(source) == name
 
 
 def test_eval_two_ranks(evaluate, folder, tmp_path):
