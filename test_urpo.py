@@ -2,17 +2,22 @@
 
 Every docstring names the bug that its test guards against. "Rows" and "hazards" are those of the project's list of bugs that
 real GRPO and self-reward code had."""
+import contextlib
 import dataclasses
 import doctest
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: without a network every look-up would be tried five times
@@ -1314,3 +1319,143 @@ def test_tiny_world(tmp_path):
         ids = KINDS[row["kind"]].group(row, tokenizer, rng, config).prompt_ids
         nonces = (row["kind"] == "preference") * (min(3, len(row.get("responses", []))) + 3)
         assert ids.count(tokenizer.unk_token_id) == nonces, tokenizer.decode(ids)
+
+
+# ================================================================================================ many ranks
+# Ranks are forked from one server that has imported everything: 0.1 s each, not the 5 s of torchrun's. They see what
+# torchrun would give them. Every function job_... below runs on each rank.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["test_urpo"])
+SLOW = pytest.mark.skipif(not os.environ.get("URPO_SLOW"), reason="minutes: URPO_SLOW=1 pytest -k slow")
+
+
+def rank_main(rank, world, port, out, job, args):
+    environment = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in environment.items() if port})  # no port: not under torchrun
+    torch.set_num_threads(1)
+    try:
+        result = "value", job(*args)
+    except SystemExit as error:
+        result = "exit", str(error)
+    except BaseException:
+        result = "error", traceback.format_exc()
+    torch.save(result, f"{out}/{rank}.tmp")
+    os.rename(f"{out}/{rank}.tmp", f"{out}/{rank}")
+    os._exit(result[0] != "value")  # gloo's threads may hang in the destructors of a rank whose peers are gone
+
+
+@contextlib.contextmanager
+def started(tmp_path, world, job, *args, plain=False):
+    """-> (processes, collect). Whatever happens, nothing is left running."""
+    out = tempfile.mkdtemp(dir=tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = 0 if plain else probe.getsockname()[1]
+    ranks = [SERVER.Process(target=rank_main, args=(rank, world, port, out, job, args)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+
+    def collect(limit=100):
+        """(kind, value) of each rank; a rank that takes longer fails the test."""
+        deadline = time.monotonic() + limit
+        for number, rank in enumerate(ranks):
+            rank.join(max(0, deadline - time.monotonic()))
+            assert rank.exitcode is not None, f"rank {number} of {world} still hangs after {limit} s"
+        paths = [os.path.join(out, str(rank)) for rank in range(world)]
+        return [torch.load(path, weights_only=False) if os.path.exists(path) else ("killed", "") for path in paths]
+    try:
+        yield ranks, collect
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def on_ranks(tmp_path, world, job, *args, **options):
+    """The values of all ranks."""
+    with started(tmp_path, world, job, *args, **options) as (_, collect):
+        results = collect()
+    assert all(kind == "value" for kind, _ in results), "\n".join(str(value) for _, value in results)
+    return [value for _, value in results]
+
+
+def words(flags):
+    return [word for name, value in flags.items()
+        for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))]
+
+
+@pytest.fixture
+def flags(folder, data, tmp_path):
+    return dict(model=folder, data=data, out_dir=str(tmp_path / "runs"), name="run", device="cpu", steps=4, prompts_per_step=9,
+                group_size=4, lr_warmup=0, max_new_tokens=12, judge_max_new_tokens=12, eval_every=0, save_every=2,
+                learning_rate=1e-3, sample_every=0, microbatch_tokens=64)
+
+
+def fix_completions(flat=()):
+    """Completions and rewards become functions of row and step; rows whose number is in `flat` teach nothing."""
+    def rollout(policy, groups, n, temperature, config, progress=""):
+        step = sys._getframe(1).f_locals["step"]
+        for group in groups:
+            rng = random.Random(f"{group.row['prompt']} {step}")
+            group.completions = [[rng.randrange(5, 97) for _ in range(rng.choice([1, 2, 5, 12]))] for _ in range(n)]
+            group.texts, group.truncated = [policy.text(ids) for ids in group.completions], [False] * n
+            group.sampled_logprobs = [torch.zeros(len(ids)) for ids in group.completions]
+
+    def rewards(groups, *_):
+        rngs = [random.Random(f"{g.row['prompt']} {g.completions}") for g in groups]
+        values = [[rng.choice([0, 0.3, 1, NAN]) for _ in g.completions] for g, rng in zip(groups, rngs)]
+        return [[0.5] * len(v) if g.row.get("number") in flat else v for g, v in zip(groups, values)]
+
+    urpo.rollout = rollout
+    for name, kind in list(KINDS.items()):
+        KINDS[name] = dataclasses.replace(kind, rewards=rewards)
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def job_steps(flags, variants):
+    """Three optimizer steps of each variant -> its first gradient, and the parameters before and after."""
+    fix_completions(flat=(3, 7))  # on four ranks: all that the last one gets
+    rows, results = [row | {"prompt": urpo.chat(row["prompt"]), "number": i} for i, row in enumerate(ROWS[:9])], []
+    with urpo.Ranks(urpo.parse(words(flags))) as ranks:
+        clip, seen = ranks.clip_grad_norm, []
+        ranks.clip_grad_norm = lambda model, limit: (
+            seen.append([whole(p.grad) for p in model.parameters()]), clip(model, limit))[1]
+        for variant in variants:
+            config = urpo.parse(words(flags | variant))
+            policy = urpo.load_actor(config.model, config, ranks, True)
+            reference = ranks.load(config.model, config, False) if config.kl_coef else None
+            if reference:  # else the KL term and its gradient are 0
+                policy.model.load_state_dict({k: v * 1.1 for k, v in policy.model.state_dict().items()})
+            optimizer = urpo.new_optimizer(policy.model, config.learning_rate, config)
+            before = [whole(p) for p in policy.model.parameters()]
+            seen.clear()
+            for step in range(3):
+                urpo.urpo_step(policy, policy, reference, optimizer, rows, step, config, ranks)
+            results.append((seen[0], before, [whole(p) for p in policy.model.parameters()]))
+    return results
+
+
+def relative(a, b, base=None):
+    norm = lambda tensors: sum(t.double().square().sum() for t in tensors).sqrt()
+    return float(norm([x - y for x, y in zip(a, b)]) / norm([x - y for x, y in zip(b, base)] if base else b))
+
+
+VARIANTS = [dict(aggregate=aggregate, kl_coef=kl) for aggregate in ("sequence", "token", "constant") for kl in (0, 0.1)] + [
+    dict(updates_per_rollout=2, kl_coef=0.1, gradient_checkpointing=True)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_two_and_four_ranks_agree(flags, tmp_path, tied):
+    """Rows 10, 32: a lost world factor, a mean of means, a rank that waits for micro-batches of another. Hybrid sharding that
+    forgets to add up over copies, or adds every micro-batch twice. torchrun with one process is not the plain one."""
+    flags["model"], variants = save(tmp_path / "model", scale=1.5, tied=tied), VARIANTS[-2:] if tied else VARIANTS
+    expected = on_ranks(tmp_path, 1, job_steps, flags, variants, plain=True)[0]
+    for world, shard in [(4, 2)] if tied else [(1, 0), (2, 0), (4, 0), (4, 2)]:
+        for got in on_ranks(tmp_path, world, job_steps, flags | dict(shard_size=shard), variants)[:: world - 1 or 1]:
+            for variant, (gradient, before, after), (gradient_1, before_1, after_1) in zip(variants, got, expected):
+                gaps = relative(gradient, gradient_1), relative(after, after_1, before_1)
+                print(f"{world} ranks, shard {shard or world}, {variant}: gradient {gaps[0]:.1e}, change {gaps[1]:.1e}")
+                assert relative(after_1, before_1) > 1e-3 and max(gaps) < 1e-4
