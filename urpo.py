@@ -1241,13 +1241,16 @@ class Ranks:
         if self.fsdp:
             for layer in model.base_model.layers:
                 fully_shard(layer, **self.fsdp)
-            fully_shard(model, **self.fsdp)  # embeddings, last norm and head: tied weights in one group
+            # embeddings, last norm and head: tied weights in one group; whole until backward if there is one
+            fully_shard(model, **self.fsdp, reshard_after_forward=not trainable)
             register_fsdp_forward_method(model, "token_logprobs")
         read_weights(model.to_empty(device=self.device), name, self)
         if trainable and config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
             model.train()
         check_architecture(model)
+        if self.fsdp:
+            model.reshard()  # an optimizer made now must see the shards
         return model
 
     @contextmanager
