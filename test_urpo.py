@@ -5,12 +5,14 @@ real GRPO and self-reward code had."""
 import contextlib
 import dataclasses
 import doctest
+import errno
 import json
 import math
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: without a network every look-up would be tried five times
@@ -1325,7 +1328,7 @@ def test_tiny_world(tmp_path):
 # Ranks are forked from one server that has imported everything: 0.1 s each, not the 5 s of torchrun's. They see what
 # torchrun would give them. Every function job_... below runs on each rank.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["test_urpo"])
+SERVER.set_forkserver_preload(["test_urpo", "transformers.models.llama.modeling_llama"])
 SLOW = pytest.mark.skipif(not os.environ.get("URPO_SLOW"), reason="minutes: URPO_SLOW=1 pytest -k slow")
 
 
@@ -1443,19 +1446,319 @@ def relative(a, b, base=None):
     return float(norm([x - y for x, y in zip(a, b)]) / norm([x - y for x, y in zip(b, base)] if base else b))
 
 
-VARIANTS = [dict(aggregate=aggregate, kl_coef=kl) for aggregate in ("sequence", "token", "constant") for kl in (0, 0.1)] + [
-    dict(updates_per_rollout=2, kl_coef=0.1, gradient_checkpointing=True)]
+VARIANTS = [dict(aggregate="token", kl_coef=0.1), dict(aggregate="constant", kl_coef=0), dict(aggregate="sequence", kl_coef=0),
+            dict(updates_per_rollout=2, kl_coef=0.1, gradient_checkpointing=True)]
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_two_and_four_ranks_agree(flags, tmp_path, tied):
     """Rows 10, 32: a lost world factor, a mean of means, a rank that waits for micro-batches of another. Hybrid sharding that
-    forgets to add up over copies, or adds every micro-batch twice. torchrun with one process is not the plain one."""
-    flags["model"], variants = save(tmp_path / "model", scale=1.5, tied=tied), VARIANTS[-2:] if tied else VARIANTS
+    forgets to add up over copies, or adds every micro-batch twice. An optimizer that holds weights which sharding replaced."""
+    flags["model"], variants = save(tmp_path / "model", scale=1.5, tied=tied), VARIANTS[-1:] if tied else VARIANTS
     expected = on_ranks(tmp_path, 1, job_steps, flags, variants, plain=True)[0]
-    for world, shard in [(4, 2)] if tied else [(1, 0), (2, 0), (4, 0), (4, 2)]:
-        for got in on_ranks(tmp_path, world, job_steps, flags | dict(shard_size=shard), variants)[:: world - 1 or 1]:
-            for variant, (gradient, before, after), (gradient_1, before_1, after_1) in zip(variants, got, expected):
-                gaps = relative(gradient, gradient_1), relative(after, after_1, before_1)
-                print(f"{world} ranks, shard {shard or world}, {variant}: gradient {gaps[0]:.1e}, change {gaps[1]:.1e}")
-                assert relative(after_1, before_1) > 1e-3 and max(gaps) < 1e-4
+    for world, shard in [(1, 0), (4, 2)] if tied else [(2, 0), (4, 0), (4, 2)]:
+        last = on_ranks(tmp_path, world, job_steps, flags | dict(shard_size=shard), variants)[-1]
+        for variant, (gradient, before, after), (gradient_1, before_1, after_1) in zip(variants, last, expected):
+            gaps = relative(gradient, gradient_1), relative(after, after_1, before_1)
+            print(f"{world} ranks, shard {shard or world}, {variant}: gradient {gaps[0]:.1e}, change {gaps[1]:.1e}")
+            assert relative(after_1, before_1) > 1e-3 and max(gaps) < 1e-4
+
+
+def job_train(flags, fixed=True):
+    """A whole run -> its final folder. With `fixed` completions it does not depend on the number of ranks."""
+    fix_completions() if fixed else None
+    return str(urpo.train(urpo.parse(words(flags))))
+
+
+def restart(flags, name):
+    """A copy of a run as if it had been killed while its newest checkpoint was written."""
+    source, target = (Path(flags["out_dir"]) / n for n in (flags["name"], name))
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "final")
+    (target / "checkpoints" / "step-4").rename(target / "checkpoints" / "step-4.tmp")
+    return flags | dict(name=name, resume="auto")
+
+
+def damage(path):
+    """One bit, where tensors are."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_resume_on_another_number_of_ranks(flags, tmp_path):
+    """Row 27: state that is lost or mixed up when shards change; on as many ranks not one bit may differ. A flipped bit in a
+    checkpoint that nobody notices. A final folder that only this program can read."""
+    before = list(weights_of(flags["model"]).values())
+    first = Path(on_ranks(tmp_path, 2, job_train, flags)[0])
+    expected = list(weights_of(first).values())
+    for world, shard in [(1, 0), (2, 0), (4, 2)]:
+        again = restart(flags, f"on-{world}") | dict(shard_size=shard)
+        if world == 2:  # here the newest is whole but for one bit
+            checkpoint = first.parent.with_name("on-2") / "checkpoints" / "step-4.tmp"
+            checkpoint = checkpoint.rename(checkpoint.with_suffix(""))
+            damage(checkpoint / "__1_0.distcp")
+        final = Path(on_ranks(tmp_path, world, job_train, again, plain=world == 1)[0])
+        gap = relative(list(weights_of(final).values()), expected, before)
+        print(f"saved on 2 ranks, resumed on {world}: difference over change {gap:.1e}")
+        assert gap == 0 if world == 2 else gap < 1e-4
+        assert [line["step"] for line in metrics_of(final)] == [1, 2, 3, 4]
+        left = sorted(path.name for path in (final.parent / "checkpoints").iterdir())
+        assert left == ["step-2", "step-4"] + ["step-4.damaged"] * (world == 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(first, dtype=dtype)
+        assert model.dtype == dtype and torch.equal(model.lm_head.weight, expected[-1].to(dtype))
+    assert AutoTokenizer.from_pretrained(first).chat_template
+
+
+def test_damaged_checkpoints(settings, capsys, monkeypatch):
+    """Damage of any kind is named, the checkpoint before it is used; if there is none, the run does not silently begin again."""
+    monkeypatch.setattr(urpo, "parse_scores", fake_parse)
+    config = dict(save_every=1, keep_checkpoints=9, kl_coef=0)
+    saved = urpo.train(settings(**config)).parent / "checkpoints"
+    damage(saved / "step-4" / ".metadata")
+    (saved / "step-3" / "checksums.json").write_text("{")
+    next((saved / "step-2").glob("*.distcp")).unlink()
+    assert urpo.train(settings(**config, resume="auto")).exists()
+    told = capsys.readouterr().out
+    assert all(f"step-{step}: damaged" in told for step in (2, 3, 4)) and "step-1: damaged" not in told
+    for step in range(1, 5):
+        (saved / f"step-{step}" / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(BadInput, match="no checkpoint is sound"):
+        urpo.train(settings(**config, resume="auto"))
+
+
+def test_log_survives_a_kill(settings, tmp_path):
+    """A last line that is half written stops the resumed run; a log rewritten in place is lost with the next kill."""
+    folder = tmp_path / "log"
+    folder.mkdir()
+    lines = [json.dumps({"step": step, "loss": 0.0, "in": {"a": 1}}) for step in (1, 2, 3)]
+    for half in ('{"step": 4, "in": {"a": 1}', '{"st', '{"step": 4}'):
+        (folder / "metrics.jsonl").write_text("\n".join([*lines, half]))
+        urpo.Log(folder, settings(), 3, urpo.Ranks(settings()))
+        assert (folder / "metrics.jsonl").read_text().splitlines() == lines
+        assert not list(folder.glob("*.tmp"))
+
+
+def test_one_run_in_a_folder(settings, tmp_path):
+    """Two runs that write the same checkpoints."""
+    config = settings(steps=1, kl_coef=0)
+    (tmp_path / "run").mkdir()
+    with urpo.Ranks(config) as ranks:
+        ranks.lock(tmp_path / "run")
+        with pytest.raises(BadInput, match="run: another run is at work there"):
+            urpo.train(config)
+    assert urpo.train(config).exists()
+
+
+def job_spoiled(flags, where, seen):
+    """A run whose loss or gradient is bad on the last rank in the steps of `where`."""
+    fix_completions()
+    real, step_of = urpo.grpo_loss, urpo.urpo_step
+    now = []
+    def step(*args):
+        now[:] = [args[5], args[7].rank == args[7].world - 1]
+        before = [whole(p) for p in args[0].model.parameters()]
+        out = step_of(*args)
+        seen.append(all(torch.equal(a, whole(b)) for a, b in zip(before, args[0].model.parameters())))
+        return out
+    def loss(*args, **kwargs):
+        value, metrics = real(*args, **kwargs)
+        value = value * where[now[0]] if now[1] and now[0] in where else value
+        return value + math.inf if now == [3, True] else value, metrics
+    urpo.urpo_step, urpo.grpo_loss = step, loss
+    urpo.train(urpo.parse(words(flags)))
+    return seen
+
+
+def test_ranks_skip_together(flags, tmp_path):
+    """NaN or infinity on one rank that spoils the weights, or that the others do not skip and so drift apart; a loss that is
+    infinite with a finite gradient; skipped steps that nobody counts, or that go on for ever."""
+    flags |= dict(steps=6, kl_coef=0, save_every=0)
+    skipped = on_ranks(tmp_path, 2, job_spoiled, flags, {1: math.nan, 2: math.inf}, [])  # and in step 3 loss + inf
+    assert skipped == [[False, True, True, True, False, False]] * 2
+    lines = [json.loads(line) for line in open(f"{flags['out_dir']}/run/metrics.jsonl")]
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1, 0, 0]
+    flags |= dict(steps=9, name="endless")
+    with started(tmp_path, 2, job_spoiled, flags, dict.fromkeys(range(1, 9), math.nan), []) as (_, collect):
+        assert collect() == [("exit", "step 6: no finite gradient in 5 steps; checkpoints are intact")] * 2
+
+
+def job_full_disk(flags, rank):
+    """A disk that is full for one rank from the second checkpoint on."""
+    fix_completions()
+    filesystem, saves = sys.modules["torch.distributed.checkpoint.filesystem"].FileSystem, []
+    create = filesystem.create_stream
+
+    @contextlib.contextmanager
+    def full(self, path, mode):
+        with create(self, path, mode) as stream:
+            saves.append(path)
+            if str(rank) == os.environ["RANK"] and "step-2" in str(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield stream
+    if rank is not None:
+        filesystem.create_stream = full
+    return str(urpo.train(urpo.parse(words(flags))))
+
+
+@pytest.mark.parametrize("rank", [0, 1, None])
+def test_full_disk(flags, tmp_path, rank):
+    """A full disk during a save that hangs the other rank, or leaves half a checkpoint. None: a real disk of 2 MB."""
+    flags |= dict(save_every=1, keep_checkpoints=1, kl_coef=0)
+    disk = Path(flags["out_dir"])
+    disk.mkdir()
+    if rank is None and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        with started(tmp_path, 2, job_full_disk, flags, rank) as (_, collect):
+            for kind, text in collect():
+                assert kind == "exit" and "older checkpoints are intact" in text
+                assert "No space left on device" in text if rank is not None else "(0 MiB are free)" in text
+        checkpoints = urpo.checkpoints(disk / "run" / "checkpoints")
+        assert [path.name for path in checkpoints] == ["step-1"] and not list(checkpoints[0].parent.glob("*.tmp"))
+        ranks = urpo.Ranks(urpo.parse(words(flags)))
+        assert urpo.checksums(checkpoints[0], ranks).items() >= json.loads((checkpoints[0] / "checksums.json").read_text()).items()
+    finally:
+        if rank is None:
+            subprocess.run(["umount", disk], check=True)
+
+
+def wait_for(path, ranks, limit=100):
+    deadline = time.monotonic() + limit
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline and all(rank.is_alive() for rank in ranks)
+        time.sleep(0.01)
+
+
+def test_sigterm_on_one_rank(flags, tmp_path):
+    """Only the rank that was told stops, and the others wait for it for ever."""
+    flags |= dict(steps=10000, save_every=0)
+    with started(tmp_path, 2, job_train, flags) as (ranks, collect):
+        wait_for(Path(flags["out_dir"]) / "run" / "metrics.jsonl", ranks)
+        os.kill(ranks[1].pid, signal.SIGTERM)
+        assert [kind for kind, _ in collect()] == ["value"] * 2 and [rank.exitcode for rank in ranks] == [0, 0]
+    run = Path(flags["out_dir"]) / "run"
+    done = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done[-1]}"] and done == list(range(1, len(done) + 1))
+
+
+def job_sampled(flags):
+    """A whole run with real samples, on few threads' worth of work."""
+    urpo.parse_scores = fake_parse
+    return str(urpo.train(urpo.parse(words(flags))))
+
+
+def kill_trials(flags, tmp_path, trials):
+    """Start a run on two ranks, kill -9 one of them or both at a random moment or during a save, start again until it ends."""
+    flags |= dict(steps=5, save_every=1, learning_rate=1e-2, name="undisturbed")
+    begin = time.monotonic()
+    first = Path(on_ranks(tmp_path, 2, job_sampled, flags)[0])
+    took, expected, during, ends = time.monotonic() - begin, weights_of(first), 0, []
+    for trial in range(trials):
+        rng, mine = random.Random(trial), flags | dict(name=f"trial-{trial}", resume="auto")
+        run = Path(flags["out_dir"]) / mine["name"]
+        with started(tmp_path, 2, job_sampled, mine) as (ranks, collect):
+            if trial % 2:
+                half = run / "checkpoints" / f"step-{rng.randint(1, 5)}.tmp"
+                while not half.exists() and ranks[0].is_alive():
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.02))
+            else:
+                time.sleep(rng.uniform(0, took))
+            during += bool(list(run.glob("**/*.tmp")))
+            victims = rng.choice([ranks[:1], ranks[1:], ranks])
+            for rank in victims:
+                rank.kill()
+            begin = time.monotonic()
+            collect()  # the other one ends by itself
+            ends.append(time.monotonic() - begin)
+        left = [path.name for path in urpo.checkpoints(run / "checkpoints")]
+        final = Path(on_ranks(tmp_path, 2, job_sampled, mine)[0])
+        assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(final).items()), (trial, left)
+        assert comparable(metrics_of(final)) == comparable(metrics_of(first)), (trial, left)
+        shutil.rmtree(run)
+    print(f"{trials} kills, {during} during a save: all resumed bit for bit; the other rank ended within {max(ends):.1f} s")
+
+
+def test_kill(flags, tmp_path):
+    """A kill at any moment that costs a checkpoint, repeats or skips a step, changes the result or hangs the other rank."""
+    kill_trials(flags, tmp_path, 2)
+
+
+@SLOW
+def test_kill_slow(flags, tmp_path):
+    """The same, 20 times."""
+    kill_trials(flags, tmp_path, 20)
+
+
+def torchrun(flags, tmp_path, patch, ranks=2):
+    """urpo.py under a real torchrun, with `patch` executed first."""
+    script = tmp_path / "patched.py"
+    script.write_text(f"import os, signal, sys\nsys.path.insert(0, {str(Path(urpo.__file__).parent)!r})\nimport urpo\n{patch}\n"
+                      "urpo.main()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script)]
+    return subprocess.Popen([*command, *words(flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
+
+
+@pytest.mark.parametrize("last_words", ["raise RuntimeError('rank 1 is broken')",
+                                        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", marks=SLOW)])
+def test_a_rank_dies_under_torchrun(flags, tmp_path, last_words):
+    """The others wait for a dead rank, or its traceback is lost among theirs."""
+    patch = ("real = urpo.urpo_step\ndef step(*args):\n    if args[5] == 1 and args[7].rank == 1:\n"
+             f"        {last_words}\n    return real(*args)\nurpo.urpo_step = step\n")
+    process = torchrun(flags | dict(steps=100000), tmp_path, patch)
+    try:
+        told, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode and json.loads(open(f"{flags['out_dir']}/run/metrics.jsonl").readlines()[-1])["step"] == 1
+    cause = told.partition("Root Cause (first observed failure)")[2]
+    assert "rank      : 1" in cause and ("RuntimeError: rank 1 is broken" in cause or "Signal 9 (SIGKILL)" in cause)
+
+
+@SLOW
+def test_sigterm_under_torchrun(flags, tmp_path):
+    """SIGTERM to torchrun itself: it passes it on, and the ranks have time to save."""
+    process = torchrun(flags | dict(steps=100000, save_every=0), tmp_path, "")
+    try:
+        wait_for(Path(flags["out_dir"]) / "run" / "metrics.jsonl", [SimpleNamespace(is_alive=lambda: process.poll() is None)])
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    print("torchrun's own exit status:", process.returncode)
+    [saved] = urpo.checkpoints(Path(flags["out_dir"]) / "run" / "checkpoints")
+    assert f"stopped by SIGTERM after step {saved.name[5:]}" in told
+
+
+def memory(field):
+    return int(re.search(rf"{field}:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+
+def job_load(flags):
+    """-> bytes that loading took at its peak, that it left, of its shard, of one layer, of what lies around the layers."""
+    config = urpo.parse(words(flags))
+    with urpo.Ranks(config) as ranks:
+        warm = ranks.load(flags["model"], config, True)  # libraries, allocator
+        del warm
+        open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+        before = memory("VmRSS")
+        model = ranks.load(config.referee, config, True)
+        peak, after = memory("VmHWM") - before, memory("VmRSS") - before
+        local = sum(p.to_local().nbytes for p in model.parameters())
+        layer = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
+        return peak, after, local, layer, sum(p.numel() * 4 for p in model.parameters()) - layer * len(model.model.layers)
+
+
+def test_loading_needs_one_shard(flags, tmp_path):
+    """Every rank reads the whole model before it is sharded: 30 GB on each of eight ranks for 7B."""
+    big = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12)
+    model = tiny("Llama", scale=1.0, **big)
+    whole_bytes = sum(p.nbytes for p in model.parameters())
+    model.save_pretrained(tmp_path / "big", max_shard_size="100MB")
+    for peak, after, shard, layer, rest in on_ranks(tmp_path, 4, job_load, flags | dict(referee=str(tmp_path / "big"))):
+        print(f"whole {whole_bytes / 2**20:.0f} MiB, shard {shard / 2**20:.0f}, layer {layer / 2**20:.0f}, "
+              f"peak {peak / 2**20:.0f}, after {after / 2**20:.0f}")
+        assert shard <= whole_bytes / 4 * 1.01 and peak < 1.1 * (shard + layer + rest)

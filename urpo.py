@@ -1306,7 +1306,6 @@ def reason(error: BaseException) -> str:
     """The first line of an error, or of what the first rank that failed met in torch.distributed.checkpoint."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-        error = error.__context__ or error  # torch.save hides the error of the disk behind one of its own
     return str(error).splitlines()[0]
 
 
@@ -1368,7 +1367,9 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks, kee
         dcp.save(dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer))),
                  checkpoint_id=temporary, no_dist=ranks.world == 1)
     except CheckpointException as error:  # on all ranks, wherever it happened
-        raise BadInput(f"{failure}: {reason(error)}")
+        free = shutil.disk_usage(folder).free // 2**20  # torch.save hides what the disk said
+        ranks.on_main(lambda: shutil.rmtree(temporary), failure)
+        raise BadInput(f"{failure}: {reason(error)} ({free} MiB are free)")
     sums = checksums(temporary, ranks)
 
     def finish():
@@ -1536,9 +1537,10 @@ class Log:
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = folder / name
-            lines = path.read_text().splitlines() if start and path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-            path.write_text("".join(line + "\n" for line in kept))
+            lines = path.read_text().split("\n")[:-1] if start and path.exists() else []  # the last may be half
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
+            path.with_suffix(".tmp").replace(path)
             for line in kept if name == "metrics.jsonl" else []:
                 self.remember(json.loads(line))
         if config.report_to == "tensorboard":
