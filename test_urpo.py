@@ -3,6 +3,7 @@
 Every docstring names the bug that its test guards against. "Rows" and "hazards" are those of the project's list of bugs that
 real GRPO and self-reward code had."""
 import contextlib
+import ctypes
 import dataclasses
 import doctest
 import errno
@@ -1738,18 +1739,24 @@ def memory(field):
 
 
 def job_load(flags):
-    """-> bytes that loading took at its peak, that it left, of its shard, of one layer, of what lies around the layers."""
-    config = urpo.parse(words(flags))
-    with urpo.Ranks(config) as ranks:
-        warm = ranks.load(flags["model"], config, True)  # libraries, allocator
-        del warm
+    """-> bytes: of this rank's shard, of one layer; the peak above nothing while reading, and of the probe above the shard."""
+    ctypes.CDLL("libc.so.6").mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed leaves the process at once
+    config, check, peaks = urpo.parse(words(flags)), urpo.check_architecture, []
+
+    def mark(model=None):
+        peaks.append(memory("VmHWM") - base[0])
         open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-        before = memory("VmRSS")
+        base[0] = memory("VmRSS")
+        if model:
+            check(model)
+    with urpo.Ranks(config) as ranks:
+        ranks.load(flags["model"], config, True)  # libraries
+        base, urpo.check_architecture = [0], mark
+        mark()
         model = ranks.load(config.referee, config, True)
-        peak, after = memory("VmHWM") - before, memory("VmRSS") - before
+        mark()
         local = sum(p.to_local().nbytes for p in model.parameters())
-        layer = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
-        return peak, after, local, layer, sum(p.numel() * 4 for p in model.parameters()) - layer * len(model.model.layers)
+        return local, sum(p.numel() * 4 for p in model.model.layers[0].parameters()), peaks[1], peaks[2]
 
 
 def test_loading_needs_one_shard(flags, tmp_path):
@@ -1757,8 +1764,95 @@ def test_loading_needs_one_shard(flags, tmp_path):
     big = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12)
     model = tiny("Llama", scale=1.0, **big)
     whole_bytes = sum(p.nbytes for p in model.parameters())
-    model.save_pretrained(tmp_path / "big", max_shard_size="100MB")
-    for peak, after, shard, layer, rest in on_ranks(tmp_path, 4, job_load, flags | dict(referee=str(tmp_path / "big"))):
-        print(f"whole {whole_bytes / 2**20:.0f} MiB, shard {shard / 2**20:.0f}, layer {layer / 2**20:.0f}, "
-              f"peak {peak / 2**20:.0f}, after {after / 2**20:.0f}")
-        assert shard <= whole_bytes / 4 * 1.01 and peak < 1.1 * (shard + layer + rest)
+    model.bfloat16().save_pretrained(tmp_path / "big", max_shard_size="100MB")
+    for shard, layer, reading, probe in on_ranks(tmp_path, 4, job_load, flags | dict(referee=str(tmp_path / "big"))):
+        print("MiB: whole {:.0f}, shard {:.0f}, layer {:.0f}; peak of reading {:.0f}, of the probe {:.0f} above the shard".format(
+            *(value / 2**20 for value in (whole_bytes, shard, layer, reading, probe))))
+        assert shard < whole_bytes / 4 * 1.01 and reading < shard + layer and probe < 4 * layer
+
+
+def bytes_per_gpu(c, ranks, cache_tokens, batch_tokens):
+    """README's table. Weights compute in bfloat16; `c`: the model's configuration."""
+    with torch.device("meta"):
+        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(c).parameters())
+    kv = c.num_key_value_heads * c.hidden_size // c.num_attention_heads
+    return {"float32 weights, shard": 4 * n / ranks, "float32 gradients, shard": 4 * n / ranks, "Adam, shard": 8 * n / ranks,
+            "reference, bfloat16 shard": 2 * n / ranks, "whole bfloat16 weights while sampling": 2 * n,
+            "KV cache": cache_tokens * c.num_hidden_layers * 2 * kv * 2,
+            "inputs of all layers": batch_tokens * c.num_hidden_layers * c.hidden_size * 2,
+            "one layer, computed again": batch_tokens * (20 * c.hidden_size + 4 * kv + 8 * c.intermediate_size + 24),
+            "a chunk of float32 logits": urpo.HEAD_CHUNK * c.vocab_size * 4}
+
+
+def saved_bytes(model, forward):
+    """Bytes that autograd keeps for backward, weights apart."""
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(size for place, (size, _) in kept.items() if place not in weights)
+
+
+def job_bytes(flags):
+    """One step with the settings of a GPU (bfloat16 compute, gradient checkpointing) on CPU ranks -> measured bytes."""
+    config = urpo.parse(words(flags | dict(gradient_checkpointing=True)))
+    with urpo.Ranks(config) as ranks:
+        ranks.fsdp["mp_policy"] = urpo.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy, reference = urpo.load_actor(config.model, config, ranks, True), ranks.load(config.model, config, False)
+        model, optimizer, got = policy.model, urpo.new_optimizer(policy.model, 1e-3, config), {}
+        local = lambda tensors: sum(t.to_local().nbytes if hasattr(t, "to_local") else 0 for t in tensors)
+        got["float32 weights, shard"] = local(model.parameters())
+        got["reference, bfloat16 shard"] = local(reference.parameters()) / 2  # on a CPU it is in float32
+        ids = torch.arange(64).repeat(2, 1) + 5
+        with torch.no_grad(), ranks.unsharded(model):
+            got["whole bfloat16 weights while sampling"] = sum(p.nbytes for p in model.parameters())
+            model.eval()
+            cache = model(ids, use_cache=True).past_key_values
+            model.train()
+            got["KV cache"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        inputs = []
+        for layer in model.model.layers:
+            layer._gradient_checkpointing_func = lambda f, x, *rest, real=layer._gradient_checkpointing_func: (
+                inputs.append(x.nbytes), real(f, x, *rest))[1]
+        rows = [urpo.Row(row[:32], [row[32:]], [0]) for row in ids.tolist()]
+        ranks.backward(model, -sum(lp.mean() for lp in urpo.row_logprobs(model, rows, 1.0)), True)
+        got["inputs of all layers"] = sum(inputs[: len(model.model.layers)])
+        got["float32 gradients, shard"] = local(p.grad for p in model.parameters())
+        optimizer.step()
+        got["Adam, shard"] = local(value for state in optimizer.state.values() for value in state.values())
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+        groups = [urpo.Group(ROWS[0], ids[0].tolist())]
+        with ranks.unsharded(model):
+            urpo.rollout(policy, groups, 4, 1.0, config)
+        exact = urpo.row_logprobs(model, [urpo.Row(groups[0].prompt_ids, groups[0].completions, [0] * 4)], 1.0)
+        gap = max((a.detach() - b).abs().max().item() for a, b in zip(exact, groups[0].sampled_logprobs))
+        assert 0 < gap < 0.25  # nats: the sampler computed in bfloat16, too
+
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
+    x = torch.randn(1, 128, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    rope = plain.model.rotary_emb(x, torch.arange(128)[None])
+    got["one layer, computed again"] = saved_bytes(plain, lambda: plain.model.layers[0](x, position_embeddings=rope))
+    hidden = torch.randn(urpo.HEAD_CHUNK, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(urpo.HEAD_CHUNK).long()
+    got["a chunk of float32 logits"] = saved_bytes(plain, lambda: urpo.head_logprobs(plain.lm_head, hidden, targets, 1.0))
+    return got
+
+
+def test_bytes_per_gpu(flags, tmp_path):
+    """README's table of memory is wishful; settings of a GPU that never ran: bfloat16 compute, float32 weights and gradients."""
+    flags["model"] = save(tmp_path / "model", scale=1.5, hidden_size=128, intermediate_size=512, vocab_size=2048)
+    expected = bytes_per_gpu(transformers.AutoConfig.from_pretrained(flags["model"]), 2, 128, 128)
+    for got in on_ranks(tmp_path, 2, job_bytes, flags):
+        for name, value in got.items():
+            print(f"{name:<40} formula {expected[name]:>9.0f}  measured {value:>9.0f}  {value / expected[name] - 1:+.1%}")
+        assert got.keys() == expected.keys() and all(abs(got[name] / expected[name] - 1) < 0.1 for name in got)
+    readme, preset = Path(urpo.__file__).with_name("README.md").read_text(), urpo.PRESETS["7b"]
+    qwen = transformers.Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                                    num_attention_heads=28, num_key_value_heads=4)
+    for name, value in bytes_per_gpu(qwen, 8, preset["rollout_tokens"], preset["microbatch_tokens"]).items():
+        print(f"| {name} | {value / 1e9:.2f} |")
+        assert re.search(rf"\| {name} \|[^\n]*\| {value / 1e9:.2f} \|", readme), name

@@ -148,7 +148,8 @@ PRESETS = {
     "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB_DATA, warmup_steps=20, microbatch_tokens=16384),
     # eight GPUs of 80 GB; a base model stops at <|endoftext|>, its chat template ends turns with <|im_end|>
     "7b": dict(model="Qwen/Qwen2.5-7B", **HUB_DATA, stop_tokens="<|im_end|>", gradient_checkpointing=True,
-               prompts_per_step=192, max_new_tokens=2048, judge_max_new_tokens=1024, microbatch_tokens=16384),
+               prompts_per_step=192, max_new_tokens=2048, judge_max_new_tokens=1024, microbatch_tokens=16384,
+               rollout_tokens=524288),
 }
 
 
