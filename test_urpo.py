@@ -1764,7 +1764,7 @@ def test_loading_needs_one_shard(flags, tmp_path):
     big = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12)
     model = tiny("Llama", scale=1.0, **big)
     whole_bytes = sum(p.nbytes for p in model.parameters())
-    model.bfloat16().save_pretrained(tmp_path / "big", max_shard_size="100MB")
+    model.bfloat16().save_pretrained(tmp_path / "big", max_shard_size="32MB")  # pages of the file in use count, too
     for shard, layer, reading, probe in on_ranks(tmp_path, 4, job_load, flags | dict(referee=str(tmp_path / "big"))):
         print("MiB: whole {:.0f}, shard {:.0f}, layer {:.0f}; peak of reading {:.0f}, of the probe {:.0f} above the shard".format(
             *(value / 2**20 for value in (whole_bytes, shard, layer, reading, probe))))
