@@ -1856,3 +1856,46 @@ def test_bytes_per_gpu(flags, tmp_path):
     for name, value in bytes_per_gpu(qwen, 8, preset["rollout_tokens"], preset["microbatch_tokens"]).items():
         print(f"| {name} | {value / 1e9:.2f} |")
         assert re.search(rf"\| {name} \|[^\n]*\| {value / 1e9:.2f} \|", readme), name
+
+
+@pytest.mark.parametrize("arch,more", [
+    ("Llama", dict(tied=True)), ("Qwen2", {}), ("Qwen3", dict(head_dim=16)), ("Gemma", dict(head_dim=16, tied=True)),
+    ("Llama", dict(rope_parameters=dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0,
+                                        high_freq_factor=4.0, original_max_position_embeddings=256)))])
+def test_weights_are_read_as_transformers_reads_them(settings, tmp_path, arch, more):
+    """What is in no file (rotary frequencies) is left as garbage, ties are lost, a weight that is missing stays random."""
+    model = tiny(arch, **more)
+    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    ranks, config, ids = urpo.Ranks(settings()), settings(), torch.arange(5, 90)[None]
+    loaded = ranks.load(str(tmp_path / "model"), config, True)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.generation_config.to_dict() == AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model").generation_config.to_dict()
+    urpo.export(loaded, AutoTokenizer.from_pretrained(config.model), tmp_path / "again", ranks)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, model(ids).logits)
+    next((tmp_path / "model").glob("model-00002*")).unlink()
+    with pytest.raises(BadInput, match="weights are missing"):
+        ranks.load(str(tmp_path / "model"), config, True)
+
+
+def test_what_has_its_name_is_on_the_disk(tmp_path, monkeypatch):
+    """Renamed before it is flushed: after a power cut the newest checkpoint has its name and no content."""
+    events, rename = [], Path.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(Path, "rename", lambda path, target: events.append("rename") or rename(path, target))
+    (tmp_path / "new.tmp").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "new.tmp" / name).write_text(name)
+    urpo.publish(tmp_path / "new.tmp", tmp_path / "new")
+    inside = {str(tmp_path / "new.tmp" / name).rstrip("/") for name in ("a", "b", "")}
+    assert set(events[:3]) == inside and events[3:] == ["rename", str(tmp_path)]
+
+
+def test_export_in_files(settings, folder, tmp_path, monkeypatch):
+    """A final folder whose index or files do not fit once it has more than one."""
+    monkeypatch.setattr(urpo, "EXPORT_BYTES", 100_000)
+    ranks = urpo.Ranks(settings())
+    urpo.export(ranks.load(folder, settings(), True), AutoTokenizer.from_pretrained(folder), tmp_path / "final", ranks)
+    assert len(list((tmp_path / "final").glob("*.safetensors"))) > 1
+    before, after = weights_of(folder), weights_of(tmp_path / "final")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
