@@ -1147,7 +1147,7 @@ LONGEST_WAIT = timedelta(minutes=30)  # of a rank for the others, before it give
 
 class Ranks:
     """All that knows about torch.distributed; not part of the algorithm. One process makes the same calls.
-    Under torchrun, and on a GPU always, models are sharded (FSDP2): there float32 weights compute in bfloat16.
+    Under torchrun, and on a GPU always, models are sharded (FSDP2); on GPUs float32 weights compute in bfloat16.
     A context manager, for `close` must not talk to ranks that an error has ended."""
 
     def __init__(self, config: Config):
@@ -1304,7 +1304,7 @@ def read_weights(model, name: str, ranks: Ranks):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, or of what the first rank that failed met in torch.distributed.checkpoint."""
+    """The first line of an error; of a CheckpointException, that of the first rank that failed."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return str(error).splitlines()[0]
@@ -1360,7 +1360,7 @@ def checksums(folder: Path, ranks: Ranks) -> dict[str, str]:
 
 
 def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks, keep: int):
-    """Written beside, flushed, renamed: a kill or a full disk at any moment leaves the older ones as they are."""
+    """Written beside, flushed, renamed: a kill or a full disk at any moment leaves the older ones alone."""
     path, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     failure = f"{path}: not saved, older checkpoints are intact"
     ranks.on_main(lambda: [shutil.rmtree(left) for left in folder.glob("*.tmp")], failure)
@@ -1427,7 +1427,7 @@ def export(model, tokenizer, folder: Path, ranks: Ranks):
     """An ordinary Hugging Face folder of float32 weights, written beside and renamed, tensor by tensor: no
     rank ever holds the whole model."""
     temporary, state = folder.with_name(folder.name + ".tmp"), weights(model)
-    shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
+    shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=EXPORT_BYTES)
 
     def begin():
