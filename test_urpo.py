@@ -1493,15 +1493,15 @@ def test_resume_on_another_number_of_ranks(flags, tmp_path):
     before = list(weights_of(flags["model"]).values())
     first = Path(on_ranks(tmp_path, 2, job_train, flags)[0])
     expected = list(weights_of(first).values())
-    for world, shard in [(1, 0), (2, 0), (4, 2)]:
-        again = restart(flags, f"on-{world}") | dict(shard_size=shard)
+    for world, shard in [(1, 0), (2, 0), (4, 0), (4, 2)]:
+        again = restart(flags, f"on-{world}-{shard}") | dict(shard_size=shard)
         if world == 2:  # here the newest is whole but for one bit
-            checkpoint = first.parent.with_name("on-2") / "checkpoints" / "step-4.tmp"
+            checkpoint = first.parent.with_name("on-2-0") / "checkpoints" / "step-4.tmp"
             checkpoint = checkpoint.rename(checkpoint.with_suffix(""))
             damage(checkpoint / "__1_0.distcp")
         final = Path(on_ranks(tmp_path, world, job_train, again, plain=world == 1)[0])
         gap = relative(list(weights_of(final).values()), expected, before)
-        print(f"saved on 2 ranks, resumed on {world}: difference over change {gap:.1e}")
+        print(f"saved on 2 ranks, resumed on {world}, shard {shard or world}: difference over change {gap:.1e}")
         assert gap == 0 if world == 2 else gap < 1e-4
         assert [line["step"] for line in metrics_of(final)] == [1, 2, 3, 4]
         left = sorted(path.name for path in (final.parent / "checkpoints").iterdir())

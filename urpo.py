@@ -1147,7 +1147,7 @@ LONGEST_WAIT = timedelta(minutes=30)  # of a rank for the others, before it give
 
 class Ranks:
     """All that knows about torch.distributed; not part of the algorithm. One process makes the same calls.
-    Under torchrun, and on a GPU always, models are sharded (FSDP2); on GPUs float32 weights compute in bfloat16.
+    Under torchrun, and on a GPU always, models are sharded (FSDP2); on a GPU they compute in bfloat16.
     A context manager, for `close` must not talk to ranks that an error has ended."""
 
     def __init__(self, config: Config):
@@ -1267,8 +1267,8 @@ class Ranks:
             module.set_reshard_after_forward(module not in models, recurse=False)  # False is a root's default
 
     def backward(self, model, loss: Tensor, last: bool):
-        """Of one micro-batch. Gradients are reduced to shards at once, for whole ones are 30 GB in float32 for
-        7B; over the copies of --shard_size, nodes apart, only in the last micro-batch of an update."""
+        """Of one micro-batch. Gradients are reduced to shards at once, for whole ones are 30 GB in float32
+        for 7B; over the copies of --shard_size, nodes apart, only in the last micro-batch of an update."""
         if isinstance(model, FSDPModule):
             model.set_requires_all_reduce(last)
         (loss * self.world).backward()  # FSDP averages over ranks, the denominator is global already
@@ -1330,7 +1330,7 @@ def check_architecture(model):
 
 
 def publish(temporary: Path, folder: Path):
-    """Rename a finished folder. First its files are on the disk, then its name: what has the name is whole."""
+    """Rename a finished folder. Its files are on the disk before its name: what has the name is whole."""
     shutil.rmtree(folder, ignore_errors=True)
     for path in (*temporary.iterdir(), temporary):
         flush(path)
@@ -1401,7 +1401,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
-    """Load the newest sound checkpoint -> its step; 0 if there is none. Damaged ones are named and put aside."""
+    """Load the newest sound checkpoint -> its step; 0 if there is none. Damaged ones are named, put aside."""
     found = checkpoints(folder)
     for path in reversed(found):
         sums = checksums(path, ranks)
@@ -1538,7 +1538,7 @@ class Log:
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = folder / name
-            lines = path.read_text().split("\n")[:-1] if start and path.exists() else []  # the last may be half
+            lines = path.read_text().split("\n")[:-1] if start and path.exists() else []  # last: half
             kept = [line for line in lines if json.loads(line)["step"] <= start]
             path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
             path.with_suffix(".tmp").replace(path)
