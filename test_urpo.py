@@ -2,19 +2,26 @@
 
 Every docstring names the bug that its test guards against. "Rows" and "hazards" are those of the project's list of bugs that
 real GRPO and self-reward code had."""
+import contextlib
+import ctypes
 import dataclasses
 import doctest
+import errno
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1756,3 +1763,588 @@ def test_eval_doctests():
     """Worked examples that have rotted."""
     failed, tried = doctest.testmod(evaluators)
     assert tried >= 5 and not failed
+
+
+# ================================================================================================ many ranks
+# Ranks are forked from one server that has imported everything: 0.1 s each, not the 5 s of torchrun's. They see what
+# torchrun would give them. Every function job_... below runs on each rank.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["test_urpo", "transformers.models.llama.modeling_llama"])
+SLOW = pytest.mark.skipif(not os.environ.get("URPO_SLOW"), reason="minutes: URPO_SLOW=1 pytest -k slow")
+
+
+def rank_main(rank, world, port, out, job, args):
+    environment = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in environment.items() if port})  # no port: not under torchrun
+    torch.set_num_threads(1)
+    try:
+        result = "value", job(*args)
+    except SystemExit as error:
+        result = "exit", str(error)
+    except BaseException:
+        result = "error", traceback.format_exc()
+    torch.save(result, f"{out}/{rank}.tmp")
+    os.rename(f"{out}/{rank}.tmp", f"{out}/{rank}")
+    os._exit(result[0] != "value")  # gloo's threads may hang in the destructors of a rank whose peers are gone
+
+
+@contextlib.contextmanager
+def started(tmp_path, world, job, *args, plain=False):
+    """-> (processes, collect). Whatever happens, nothing is left running."""
+    out = tempfile.mkdtemp(dir=tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = 0 if plain else probe.getsockname()[1]
+    ranks = [SERVER.Process(target=rank_main, args=(rank, world, port, out, job, args)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+
+    def collect(limit=100):
+        """(kind, value) of each rank; a rank that takes longer fails the test."""
+        deadline = time.monotonic() + limit
+        for number, rank in enumerate(ranks):
+            rank.join(max(0, deadline - time.monotonic()))
+            assert rank.exitcode is not None, f"rank {number} of {world} still hangs after {limit} s"
+        paths = [os.path.join(out, str(rank)) for rank in range(world)]
+        return [torch.load(path, weights_only=False) if os.path.exists(path) else ("killed", "") for path in paths]
+    try:
+        yield ranks, collect
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def on_ranks(tmp_path, world, job, *args, **options):
+    """The values of all ranks."""
+    with started(tmp_path, world, job, *args, **options) as (_, collect):
+        results = collect()
+    assert all(kind == "value" for kind, _ in results), "\n".join(str(value) for _, value in results)
+    return [value for _, value in results]
+
+
+def words(flags):
+    return [word for name, value in flags.items()
+        for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))]
+
+
+@pytest.fixture
+def flags(folder, data, tmp_path):
+    return dict(model=folder, data=data, out_dir=str(tmp_path / "runs"), name="run", device="cpu", steps=4, prompts_per_step=9,
+                group_size=4, lr_warmup=0, max_new_tokens=12, judge_max_new_tokens=12, eval_every=0, save_every=2,
+                learning_rate=1e-3, sample_every=0, microbatch_tokens=64)
+
+
+def fix_completions(flat=()):
+    """Completions and rewards become functions of row and step; rows whose number is in `flat` teach nothing."""
+    def rollout(policy, groups, n, temperature, config, progress=""):
+        step = sys._getframe(1).f_locals["step"]
+        for group in groups:
+            rng = random.Random(f"{group.row['prompt']} {step}")
+            group.completions = [[rng.randrange(5, 97) for _ in range(rng.choice([1, 2, 5, 12]))] for _ in range(n)]
+            group.texts, group.truncated = [policy.text(ids) for ids in group.completions], [False] * n
+            group.sampled_logprobs = [torch.zeros(len(ids)) for ids in group.completions]
+
+    def rewards(groups, *_):
+        rngs = [random.Random(f"{g.row['prompt']} {g.completions}") for g in groups]
+        values = [[rng.choice([0, 0.3, 1, NAN]) for _ in g.completions] for g, rng in zip(groups, rngs)]
+        return [[0.5] * len(v) if g.row.get("number") in flat else v for g, v in zip(groups, values)]
+
+    urpo.rollout = rollout
+    for name, kind in list(KINDS.items()):
+        KINDS[name] = dataclasses.replace(kind, rewards=rewards)
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def job_steps(flags, variants):
+    """Three optimizer steps of each variant -> its first gradient, and the parameters before and after."""
+    fix_completions(flat=(3, 7))  # on four ranks: all that the last one gets
+    rows, results = [row | {"prompt": urpo.chat(row["prompt"]), "number": i} for i, row in enumerate(ROWS[:9])], []
+    with urpo.Ranks(urpo.parse(words(flags))) as ranks:
+        clip, seen = ranks.clip_grad_norm, []
+        ranks.clip_grad_norm = lambda model, limit: (
+            seen.append([whole(p.grad) for p in model.parameters()]), clip(model, limit))[1]
+        for variant in variants:
+            config = urpo.parse(words(flags | variant))
+            policy = urpo.load_actor(config.model, config, ranks, True)
+            reference = ranks.load(config.model, config, False) if config.kl_coef else None
+            if reference:  # else the KL term and its gradient are 0
+                policy.model.load_state_dict({k: v * 1.1 for k, v in policy.model.state_dict().items()})
+            optimizer = urpo.new_optimizer(policy.model, config.learning_rate, config)
+            before = [whole(p) for p in policy.model.parameters()]
+            seen.clear()
+            for step in range(3):
+                urpo.urpo_step(policy, policy, reference, optimizer, rows, step, config, ranks)
+            results.append((seen[0], before, [whole(p) for p in policy.model.parameters()]))
+    return results
+
+
+def relative(a, b, base=None):
+    norm = lambda tensors: sum(t.double().square().sum() for t in tensors).sqrt()
+    return float(norm([x - y for x, y in zip(a, b)]) / norm([x - y for x, y in zip(b, base)] if base else b))
+
+
+VARIANTS = [dict(aggregate="token", kl_coef=0.1), dict(aggregate="constant", kl_coef=0), dict(aggregate="sequence", kl_coef=0),
+            dict(updates_per_rollout=2, kl_coef=0.1, gradient_checkpointing=True)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_two_and_four_ranks_agree(flags, tmp_path, tied):
+    """Rows 10, 32: a lost world factor, a mean of means, a rank that waits for micro-batches of another. Hybrid sharding that
+    forgets to add up over copies, or adds every micro-batch twice. An optimizer that holds weights which sharding replaced."""
+    flags["model"], variants = save(tmp_path / "model", scale=1.5, tied=tied), VARIANTS[-1:] if tied else VARIANTS
+    expected = on_ranks(tmp_path, 1, job_steps, flags, variants, plain=True)[0]
+    for world, shard in [(1, 0), (4, 2)] if tied else [(2, 0), (4, 0), (4, 2)]:
+        last = on_ranks(tmp_path, world, job_steps, flags | dict(shard_size=shard), variants)[-1]
+        for variant, (gradient, before, after), (gradient_1, before_1, after_1) in zip(variants, last, expected):
+            gaps = relative(gradient, gradient_1), relative(after, after_1, before_1)
+            print(f"{world} ranks, shard {shard or world}, {variant}: gradient {gaps[0]:.1e}, change {gaps[1]:.1e}")
+            assert relative(after_1, before_1) > 1e-3 and max(gaps) < 1e-4
+
+
+def job_train(flags, fixed=True):
+    """A whole run -> its final folder. With `fixed` completions it does not depend on the number of ranks."""
+    fix_completions() if fixed else None
+    return str(urpo.train(urpo.parse(words(flags))))
+
+
+def restart(flags, name):
+    """A copy of a run as if it had been killed while its newest checkpoint was written."""
+    source, target = (Path(flags["out_dir"]) / n for n in (flags["name"], name))
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "final")
+    (target / "checkpoints" / "step-4").rename(target / "checkpoints" / "step-4.tmp")
+    return flags | dict(name=name, resume="auto")
+
+
+def damage(path):
+    """One bit, where tensors are."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_resume_on_another_number_of_ranks(flags, tmp_path):
+    """Row 27: state that is lost or mixed up when shards change; on as many ranks not one bit may differ. A flipped bit in a
+    checkpoint that nobody notices. A final folder that only this program can read."""
+    before = list(weights_of(flags["model"]).values())
+    first = Path(on_ranks(tmp_path, 2, job_train, flags)[0])
+    expected = list(weights_of(first).values())
+    for world, shard in [(1, 0), (2, 0), (4, 0), (4, 2)]:
+        again = restart(flags, f"on-{world}-{shard}") | dict(shard_size=shard)
+        if world == 2:  # here the newest is whole but for one bit
+            checkpoint = first.parent.with_name("on-2-0") / "checkpoints" / "step-4.tmp"
+            checkpoint = checkpoint.rename(checkpoint.with_suffix(""))
+            damage(checkpoint / "__1_0.distcp")
+        final = Path(on_ranks(tmp_path, world, job_train, again, plain=world == 1)[0])
+        gap = relative(list(weights_of(final).values()), expected, before)
+        print(f"saved on 2 ranks, resumed on {world}, shard {shard or world}: difference over change {gap:.1e}")
+        assert gap == 0 if world == 2 else gap < 1e-4
+        assert [line["step"] for line in metrics_of(final)] == [1, 2, 3, 4]
+        left = sorted(path.name for path in (final.parent / "checkpoints").iterdir())
+        assert left == ["step-2", "step-4"] + ["step-4.damaged"] * (world == 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(first, dtype=dtype)
+        assert model.dtype == dtype and torch.equal(model.lm_head.weight, expected[-1].to(dtype))
+    assert AutoTokenizer.from_pretrained(first).chat_template
+
+
+def test_damaged_checkpoints(settings, capsys, monkeypatch):
+    """Damage of any kind is named, the checkpoint before it is used; if there is none, the run does not silently begin again."""
+    monkeypatch.setattr(urpo, "parse_scores", fake_parse)
+    config = dict(save_every=1, keep_checkpoints=9, kl_coef=0)
+    saved = urpo.train(settings(**config)).parent / "checkpoints"
+    damage(saved / "step-4" / ".metadata")
+    (saved / "step-3" / "checksums.json").write_text("{")
+    next((saved / "step-2").glob("*.distcp")).unlink()
+    assert urpo.train(settings(**config, resume="auto")).exists()
+    told = capsys.readouterr().out
+    assert all(f"step-{step}: damaged" in told for step in (2, 3, 4)) and "step-1: damaged" not in told
+    for step in range(1, 5):
+        (saved / f"step-{step}" / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(BadInput, match="no checkpoint is sound"):
+        urpo.train(settings(**config, resume="auto"))
+
+
+def test_log_survives_a_kill(settings, tmp_path):
+    """A last line that is half written stops the resumed run; a log rewritten in place is lost with the next kill."""
+    folder = tmp_path / "log"
+    folder.mkdir()
+    lines = [json.dumps({"step": step, "loss": 0.0, "in": {"a": 1}}) for step in (1, 2, 3)]
+    for half in ('{"step": 4, "in": {"a": 1}', '{"st', '{"step": 4}'):
+        (folder / "metrics.jsonl").write_text("\n".join([*lines, half]))
+        urpo.Log(folder, settings(), 3, urpo.Ranks(settings()))
+        assert (folder / "metrics.jsonl").read_text().splitlines() == lines
+        assert not list(folder.glob("*.tmp"))
+
+
+def test_one_run_in_a_folder(settings, tmp_path):
+    """Two runs that write the same checkpoints."""
+    config = settings(steps=1, kl_coef=0)
+    (tmp_path / "run").mkdir()
+    with urpo.Ranks(config) as ranks:
+        ranks.lock(tmp_path / "run")
+        with pytest.raises(BadInput, match="run: another run is at work there"):
+            urpo.train(config)
+    assert urpo.train(config).exists()
+
+
+def job_spoiled(flags, where, seen):
+    """A run whose loss or gradient is bad on the last rank in the steps of `where`."""
+    fix_completions()
+    real, step_of = urpo.grpo_loss, urpo.urpo_step
+    now = []
+    def step(*args):
+        now[:] = [args[5], args[7].rank == args[7].world - 1]
+        before = [whole(p) for p in args[0].model.parameters()]
+        out = step_of(*args)
+        seen.append(all(torch.equal(a, whole(b)) for a, b in zip(before, args[0].model.parameters())))
+        return out
+    def loss(*args, **kwargs):
+        value, metrics = real(*args, **kwargs)
+        value = value * where[now[0]] if now[1] and now[0] in where else value
+        return value + math.inf if now == [3, True] else value, metrics
+    urpo.urpo_step, urpo.grpo_loss = step, loss
+    urpo.train(urpo.parse(words(flags)))
+    return seen
+
+
+def test_ranks_skip_together(flags, tmp_path):
+    """NaN or infinity on one rank that spoils the weights, or that the others do not skip and so drift apart; a loss that is
+    infinite with a finite gradient; skipped steps that nobody counts, or that go on for ever."""
+    flags |= dict(steps=6, kl_coef=0, save_every=0)
+    skipped = on_ranks(tmp_path, 2, job_spoiled, flags, {1: math.nan, 2: math.inf}, [])  # and in step 3 loss + inf
+    assert skipped == [[False, True, True, True, False, False]] * 2
+    lines = [json.loads(line) for line in open(f"{flags['out_dir']}/run/metrics.jsonl")]
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1, 0, 0]
+    flags |= dict(steps=9, name="endless")
+    with started(tmp_path, 2, job_spoiled, flags, dict.fromkeys(range(1, 9), math.nan), []) as (_, collect):
+        assert collect() == [("exit", "step 6: no finite gradient in 5 steps; checkpoints are intact")] * 2
+
+
+def job_full_disk(flags, rank):
+    """A disk that is full for one rank from the second checkpoint on."""
+    fix_completions()
+    filesystem, saves = sys.modules["torch.distributed.checkpoint.filesystem"].FileSystem, []
+    create = filesystem.create_stream
+
+    @contextlib.contextmanager
+    def full(self, path, mode):
+        with create(self, path, mode) as stream:
+            saves.append(path)
+            if str(rank) == os.environ["RANK"] and "step-2" in str(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield stream
+    if rank is not None:
+        filesystem.create_stream = full
+    write = Path.write_text
+
+    def full_at_the_end(path, text):
+        if rank == "sums" and path.parent.name == "step-2.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, text)
+    Path.write_text = full_at_the_end
+    return str(urpo.train(urpo.parse(words(flags))))
+
+
+@pytest.mark.parametrize("rank", [0, 1, "sums", None])
+def test_full_disk(flags, tmp_path, rank):
+    """A full disk during a save that hangs the other rank, or leaves half a checkpoint. sums: when rank 0 alone writes the
+    checksums. None: a real disk of 2 MB."""
+    flags |= dict(save_every=1, keep_checkpoints=1, kl_coef=0)
+    disk = Path(flags["out_dir"])
+    disk.mkdir()
+    if rank is None and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        with started(tmp_path, 2, job_full_disk, flags, rank) as (_, collect):
+            for kind, text in collect():
+                assert kind == "exit" and "older checkpoints are intact" in text
+                assert "No space left on device" in text if rank is not None else "(0 MiB are free)" in text
+        checkpoints = urpo.checkpoints(disk / "run" / "checkpoints")
+        assert [path.name for path in checkpoints] == ["step-1"]
+        assert rank == "sums" or not list(checkpoints[0].parent.glob("*.tmp"))  # else the next save removes it
+        ranks = urpo.Ranks(urpo.parse(words(flags)))
+        assert urpo.checksums(checkpoints[0], ranks).items() >= json.loads((checkpoints[0] / "checksums.json").read_text()).items()
+    finally:
+        if rank is None:
+            subprocess.run(["umount", disk], check=True)
+
+
+def wait_for(path, ranks, limit=100):
+    deadline = time.monotonic() + limit
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline and all(rank.is_alive() for rank in ranks)
+        time.sleep(0.01)
+
+
+def test_sigterm_on_one_rank(flags, tmp_path):
+    """Only the rank that was told stops, and the others wait for it for ever."""
+    flags |= dict(steps=10000, save_every=0)
+    with started(tmp_path, 2, job_train, flags) as (ranks, collect):
+        wait_for(Path(flags["out_dir"]) / "run" / "metrics.jsonl", ranks)
+        os.kill(ranks[1].pid, signal.SIGTERM)
+        assert [kind for kind, _ in collect()] == ["value"] * 2 and [rank.exitcode for rank in ranks] == [0, 0]
+    run = Path(flags["out_dir"]) / "run"
+    done = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done[-1]}"] and done == list(range(1, len(done) + 1))
+
+
+def job_sampled(flags):
+    """A whole run with real samples, on few threads' worth of work."""
+    urpo.parse_scores = fake_parse
+    return str(urpo.train(urpo.parse(words(flags))))
+
+
+def kill_trials(flags, tmp_path, trials):
+    """Start a run on two ranks, kill -9 one of them or both at a random moment or during a save, start again until it ends."""
+    flags |= dict(steps=5, save_every=1, learning_rate=1e-2, name="undisturbed")
+    begin = time.monotonic()
+    first = Path(on_ranks(tmp_path, 2, job_sampled, flags)[0])
+    took, expected, during, ends = time.monotonic() - begin, weights_of(first), 0, []
+    for trial in range(trials):
+        rng, mine = random.Random(trial), flags | dict(name=f"trial-{trial}", resume="auto")
+        run = Path(flags["out_dir"]) / mine["name"]
+        with started(tmp_path, 2, job_sampled, mine) as (ranks, collect):
+            if trial % 2:
+                half = run / "checkpoints" / f"step-{rng.randint(1, 5)}.tmp"
+                while not half.exists() and ranks[0].is_alive():
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.02))
+            else:
+                time.sleep(rng.uniform(0, took))
+            during += bool(list(run.glob("**/*.tmp")))
+            victims = rng.choice([ranks[:1], ranks[1:], ranks])
+            for rank in victims:
+                rank.kill()
+            begin = time.monotonic()
+            collect()  # the other one ends by itself
+            ends.append(time.monotonic() - begin)
+        left = [path.name for path in urpo.checkpoints(run / "checkpoints")]
+        final = Path(on_ranks(tmp_path, 2, job_sampled, mine)[0])
+        assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(final).items()), (trial, left)
+        assert comparable(metrics_of(final)) == comparable(metrics_of(first)), (trial, left)
+        shutil.rmtree(run)
+    print(f"{trials} kills, {during} during a save: all resumed bit for bit; the other rank ended within {max(ends):.1f} s")
+
+
+def test_kill(flags, tmp_path):
+    """A kill at any moment that costs a checkpoint, repeats or skips a step, changes the result or hangs the other rank."""
+    kill_trials(flags, tmp_path, 2)
+
+
+@SLOW
+def test_kill_slow(flags, tmp_path):
+    """The same, 20 times."""
+    kill_trials(flags, tmp_path, 20)
+
+
+def torchrun(flags, tmp_path, patch, ranks=2):
+    """urpo.py under a real torchrun, with `patch` executed first."""
+    script = tmp_path / "patched.py"
+    script.write_text(f"import os, signal, sys\nsys.path.insert(0, {str(Path(urpo.__file__).parent)!r})\nimport urpo\n{patch}\n"
+                      "urpo.main()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script)]
+    return subprocess.Popen([*command, *words(flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
+
+
+@pytest.mark.parametrize("last_words", ["raise RuntimeError('rank 1 is broken')",
+                                        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", marks=SLOW)])
+def test_a_rank_dies_under_torchrun(flags, tmp_path, last_words):
+    """The others wait for a dead rank, or its traceback is lost among theirs."""
+    patch = ("real = urpo.urpo_step\ndef step(*args):\n    if args[5] == 1 and args[7].rank == 1:\n"
+             f"        {last_words}\n    return real(*args)\nurpo.urpo_step = step\n")
+    process = torchrun(flags | dict(steps=100000), tmp_path, patch)
+    try:
+        told, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode and json.loads(open(f"{flags['out_dir']}/run/metrics.jsonl").readlines()[-1])["step"] == 1
+    cause = told.partition("Root Cause (first observed failure)")[2]
+    assert "rank      : 1" in cause and ("RuntimeError: rank 1 is broken" in cause or "Signal 9 (SIGKILL)" in cause)
+
+
+@SLOW
+def test_sigterm_under_torchrun(flags, tmp_path):
+    """SIGTERM to torchrun itself: it passes it on, and the ranks have time to save."""
+    process = torchrun(flags | dict(steps=100000, save_every=0), tmp_path, "")
+    try:
+        wait_for(Path(flags["out_dir"]) / "run" / "metrics.jsonl", [SimpleNamespace(is_alive=lambda: process.poll() is None)])
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    print("torchrun's own exit status:", process.returncode)
+    [saved] = urpo.checkpoints(Path(flags["out_dir"]) / "run" / "checkpoints")
+    assert f"stopped by SIGTERM after step {saved.name[5:]}" in told
+
+
+def memory(field):
+    return int(re.search(rf"{field}:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+
+def job_load(flags):
+    """-> bytes: of this rank's shard, of one layer; the peak above nothing while reading, and of the probe above the shard."""
+    ctypes.CDLL("libc.so.6").mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed leaves the process at once
+    config, check, peaks = urpo.parse(words(flags)), urpo.check_architecture, []
+
+    def mark(model=None):
+        peaks.append(memory("VmHWM") - base[0])
+        open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+        base[0] = memory("VmRSS")
+        if model:
+            check(model)
+    with urpo.Ranks(config) as ranks:
+        ranks.load(flags["model"], config, True)  # libraries
+        base, urpo.check_architecture = [0], mark
+        mark()
+        model = ranks.load(config.referee, config, True)
+        mark()
+        local = sum(p.to_local().nbytes for p in model.parameters())
+        return local, sum(p.numel() * 4 for p in model.model.layers[0].parameters()), peaks[1], peaks[2]
+
+
+def test_loading_needs_one_shard(flags, tmp_path):
+    """Every rank reads the whole model before it is sharded: 30 GB on each of eight ranks for 7B."""
+    big = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12)
+    model = tiny("Llama", scale=1.0, **big)
+    whole_bytes = sum(p.nbytes for p in model.parameters())
+    model.bfloat16().save_pretrained(tmp_path / "big", max_shard_size="32MB")  # pages of the file in use count, too
+    for shard, layer, reading, probe in on_ranks(tmp_path, 4, job_load, flags | dict(referee=str(tmp_path / "big"))):
+        print("MiB: whole {:.0f}, shard {:.0f}, layer {:.0f}; peak of reading {:.0f}, of the probe {:.0f} above the shard".format(
+            *(value / 2**20 for value in (whole_bytes, shard, layer, reading, probe))))
+        assert shard < whole_bytes / 4 * 1.01 and reading < shard + layer and probe < 4 * layer
+
+
+def bytes_per_gpu(c, ranks, cache_tokens, batch_tokens):
+    """README's table. Weights compute in bfloat16; `c`: the model's configuration."""
+    with torch.device("meta"):
+        n = sum(p.numel() for p in AutoModelForCausalLM.from_config(c).parameters())
+    kv = c.num_key_value_heads * c.hidden_size // c.num_attention_heads
+    return {"float32 weights, shard": 4 * n / ranks, "float32 gradients, shard": 4 * n / ranks, "Adam, shard": 8 * n / ranks,
+            "reference, bfloat16 shard": 2 * n / ranks, "whole bfloat16 weights while sampling": 2 * n,
+            "KV cache": cache_tokens * c.num_hidden_layers * 2 * kv * 2,
+            "inputs of all layers": batch_tokens * c.num_hidden_layers * c.hidden_size * 2,
+            "one layer, computed again": batch_tokens * (20 * c.hidden_size + 4 * kv + 8 * c.intermediate_size + 24),
+            "a chunk of float32 logits": urpo.HEAD_CHUNK * c.vocab_size * 4}
+
+
+def saved_bytes(model, forward):
+    """Bytes that autograd keeps for backward, weights apart."""
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(size for place, (size, _) in kept.items() if place not in weights)
+
+
+def job_bytes(flags):
+    """One step with the settings of a GPU (bfloat16 compute, gradient checkpointing) on CPU ranks -> measured bytes."""
+    config = urpo.parse(words(flags | dict(gradient_checkpointing=True)))
+    with urpo.Ranks(config) as ranks:
+        ranks.fsdp["mp_policy"] = urpo.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy, reference = urpo.load_actor(config.model, config, ranks, True), ranks.load(config.model, config, False)
+        model, optimizer, got = policy.model, urpo.new_optimizer(policy.model, 1e-3, config), {}
+        local = lambda tensors: sum(t.to_local().nbytes if hasattr(t, "to_local") else 0 for t in tensors)
+        got["float32 weights, shard"] = local(model.parameters())
+        got["reference, bfloat16 shard"] = local(reference.parameters()) / 2  # on a CPU it is in float32
+        ids = torch.arange(64).repeat(2, 1) + 5
+        with torch.no_grad(), ranks.unsharded(model):
+            got["whole bfloat16 weights while sampling"] = sum(p.nbytes for p in model.parameters())
+            model.eval()
+            cache = model(ids, use_cache=True).past_key_values
+            model.train()
+            got["KV cache"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        inputs = []
+        for layer in model.model.layers:
+            layer._gradient_checkpointing_func = lambda f, x, *rest, real=layer._gradient_checkpointing_func: (
+                inputs.append(x.nbytes), real(f, x, *rest))[1]
+        rows = [urpo.Row(row[:32], [row[32:]], [0]) for row in ids.tolist()]
+        ranks.backward(model, -sum(lp.mean() for lp in urpo.row_logprobs(model, rows, 1.0)), True)
+        got["inputs of all layers"] = sum(inputs[: len(model.model.layers)])
+        got["float32 gradients, shard"] = local(p.grad for p in model.parameters())
+        optimizer.step()
+        got["Adam, shard"] = local(value for state in optimizer.state.values() for value in state.values())
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+        groups = [urpo.Group(ROWS[0], ids[0].tolist())]
+        with ranks.unsharded(model):
+            urpo.rollout(policy, groups, 4, 1.0, config)
+        exact = urpo.row_logprobs(model, [urpo.Row(groups[0].prompt_ids, groups[0].completions, [0] * 4)], 1.0)
+        gap = max((a.detach() - b).abs().max().item() for a, b in zip(exact, groups[0].sampled_logprobs))
+        assert 0 < gap < 0.25  # nats: the sampler computed in bfloat16, too
+
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
+    x = torch.randn(1, 128, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    rope = plain.model.rotary_emb(x, torch.arange(128)[None])
+    got["one layer, computed again"] = saved_bytes(plain, lambda: plain.model.layers[0](x, position_embeddings=rope))
+    hidden = torch.randn(urpo.HEAD_CHUNK, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(urpo.HEAD_CHUNK).long()
+    got["a chunk of float32 logits"] = saved_bytes(plain, lambda: urpo.head_logprobs(plain.lm_head, hidden, targets, 1.0))
+    return got
+
+
+def test_bytes_per_gpu(flags, tmp_path):
+    """README's table of memory is wishful; settings of a GPU that never ran: bfloat16 compute, float32 weights and gradients."""
+    flags["model"] = save(tmp_path / "model", scale=1.5, hidden_size=128, intermediate_size=512, vocab_size=2048)
+    expected = bytes_per_gpu(transformers.AutoConfig.from_pretrained(flags["model"]), 2, 128, 128)
+    for got in on_ranks(tmp_path, 2, job_bytes, flags):
+        for name, value in got.items():
+            print(f"{name:<40} formula {expected[name]:>9.0f}  measured {value:>9.0f}  {value / expected[name] - 1:+.1%}")
+        assert got.keys() == expected.keys() and all(abs(got[name] / expected[name] - 1) < 0.1 for name in got)
+    readme, preset = Path(urpo.__file__).with_name("README.md").read_text(), urpo.PRESETS["7b"]
+    qwen = transformers.Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                                    num_attention_heads=28, num_key_value_heads=4)
+    for name, value in bytes_per_gpu(qwen, 8, preset["rollout_tokens"], preset["microbatch_tokens"]).items():
+        print(f"| {name} | {value / 1e9:.2f} |")
+        assert re.search(rf"\| {name} \|[^\n]*\| {value / 1e9:.2f} \|", readme), name
+
+
+@pytest.mark.parametrize("arch,more", [
+    ("Llama", dict(tied=True)), ("Qwen2", {}), ("Qwen3", dict(head_dim=16)), ("Gemma", dict(head_dim=16, tied=True)),
+    ("Llama", dict(rope_parameters=dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0,
+                                        high_freq_factor=4.0, original_max_position_embeddings=256)))])
+def test_weights_are_read_as_transformers_reads_them(settings, tmp_path, arch, more):
+    """What is in no file (rotary frequencies) is left as garbage, ties are lost, a weight that is missing stays random."""
+    model = tiny(arch, **more)
+    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    ranks, config, ids = urpo.Ranks(settings()), settings(), torch.arange(5, 90)[None]
+    loaded = ranks.load(str(tmp_path / "model"), config, True)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.generation_config.to_dict() == AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model").generation_config.to_dict()
+    urpo.export(loaded, AutoTokenizer.from_pretrained(config.model), tmp_path / "again", ranks)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, model(ids).logits)
+    next((tmp_path / "model").glob("model-00002*")).unlink()
+    with pytest.raises(BadInput, match="weights are missing"):
+        ranks.load(str(tmp_path / "model"), config, True)
+
+
+def test_what_has_its_name_is_on_the_disk(tmp_path, monkeypatch):
+    """Renamed before it is flushed: after a power cut the newest checkpoint has its name and no content."""
+    events, rename = [], Path.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(Path, "rename", lambda path, target: events.append("rename") or rename(path, target))
+    (tmp_path / "new.tmp").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "new.tmp" / name).write_text(name)
+    urpo.publish(tmp_path / "new.tmp", tmp_path / "new")
+    inside = {str(tmp_path / "new.tmp" / name).rstrip("/") for name in ("a", "b", "")}
+    assert set(events[:3]) == inside and events[3:] == ["rename", str(tmp_path)]
+
+
+def test_export_in_files(settings, folder, tmp_path, monkeypatch):
+    """A final folder whose index or files do not fit once it has more than one."""
+    monkeypatch.setattr(urpo, "EXPORT_BYTES", 100_000)
+    ranks = urpo.Ranks(settings())
+    urpo.export(ranks.load(folder, settings(), True), AutoTokenizer.from_pretrained(folder), tmp_path / "final", ranks)
+    assert len(list((tmp_path / "final").glob("*.safetensors"))) > 1
+    before, after = weights_of(folder), weights_of(tmp_path / "final")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

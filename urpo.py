@@ -24,7 +24,9 @@ Config; a supervised warm-up on the answer form alone, for weak models only. No 
 """
 
 import argparse
+import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
@@ -35,8 +37,9 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from types import MethodType
@@ -44,12 +47,18 @@ from typing import Callable, Literal, Sequence
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
@@ -139,7 +148,8 @@ PRESETS = {
     "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB_DATA, warmup_steps=20, microbatch_tokens=16384),
     # eight GPUs of 80 GB; a base model stops at <|endoftext|>, its chat template ends turns with <|im_end|>
     "7b": dict(model="Qwen/Qwen2.5-7B", **HUB_DATA, stop_tokens="<|im_end|>", gradient_checkpointing=True,
-               prompts_per_step=192, max_new_tokens=2048, judge_max_new_tokens=1024, microbatch_tokens=16384),
+               prompts_per_step=192, max_new_tokens=2048, judge_max_new_tokens=1024, microbatch_tokens=16384,
+               rollout_tokens=524288),
 }
 
 
@@ -942,9 +952,9 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
                 for name, value in {"loss": loss.item(), **metrics}.items():
                     sums[name] += value / config.updates_per_rollout
             norm = ranks.clip_grad_norm(policy.model, config.max_grad_norm)
-            if math.isfinite(norm):
+            if ranks.all(math.isfinite(norm) and math.isfinite(sums["loss"])):
                 optimizer.step()
-            else:  # the norm is that of all ranks: they skip together
+            else:  # on any rank: all skip together
                 sums["skipped"] += 1
             sums["grad_norm"] += norm / config.updates_per_rollout
             optimizer.zero_grad(set_to_none=True)
@@ -1132,29 +1142,45 @@ ALARMS = [
 
 
 # ================================================================================ 8 Ranks and checkpoints
+LONGEST_WAIT = timedelta(minutes=30)  # of a rank for the others, before it gives up: a rollout, a slow disk
+
+
 class Ranks:
-    """All that knows about torch.distributed; not part of the algorithm. One process makes the same calls."""
+    """All that knows about torch.distributed; not part of the algorithm. One process makes the same calls.
+    Under torchrun, and on a GPU always, models are sharded (FSDP2); on a GPU they compute in bfloat16.
+    A context manager, for `close` must not talk to ranks that an error has ended."""
 
     def __init__(self, config: Config):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         self.main = self.rank == 0
         self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.device.type == "cuda":
+        cuda, torchrun = self.device.type == "cuda", "RANK" in os.environ
+        if cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         shard = config.shard_size or self.world
         if self.world % shard:
             raise BadInput(f"--shard_size {shard} does not divide the {self.world} ranks")
-        self.fsdp = {}
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.fsdp, self.lock_file = {}, None
+        if cuda or torchrun:
+            alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=LONGEST_WAIT, **alone)
             shape, names = (self.world // shard, shard), ("replicate", "shard")
             if shard == self.world:
                 shape, names = shape[1:], names[1:]
             self.fsdp["mesh"] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-            if self.device.type == "cuda":  # float32 master weights, bfloat16 compute
-                half, full = torch.bfloat16, torch.float32
-                self.fsdp["mp_policy"] = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full)
+        if cuda:
+            half, full = torch.bfloat16, torch.float32
+            self.fsdp["mp_policy"] = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        if self.lock_file:
+            self.lock_file.close()
+        if self.fsdp and not error:
+            dist.destroy_process_group()
 
     def gather(self, value) -> list:
         """The value of every rank, in rank order, on every rank."""
@@ -1166,39 +1192,66 @@ class Ranks:
     def sum(self, values: list[float]) -> list[float]:
         return [sum(column) for column in zip(*self.gather(values))]
 
+    def all(self, value: bool) -> bool:
+        return all(self.gather(value))
+
     def equal_count(self, batches: list[list[Row]]) -> list[list[Row]]:
         """Ranks that share weights take the same number of forwards: add empty ones with weight 0."""
         return batches + [[Row([0], [[0]], [-1])]] * (max(self.gather(len(batches))) - len(batches))
+
+    def on_main(self, action: Callable, failure: str = ""):
+        """Rank 0 alone acts, the others wait. An error of the disk ends all of them, with one line."""
+        problem = None
+        if self.main:
+            try:
+                action()
+            except (OSError, SafetensorError) as error:
+                problem = f"{failure}: {error}"
+        if problem := self.gather(problem)[0]:
+            raise BadInput(problem)
+
+    def lock(self, folder: Path):
+        """One run at a time in a folder. The kernel frees the lock when rank 0 is gone, however it died."""
+        def action():
+            self.lock_file = open(folder / "lock", "w")
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.on_main(action, f"{folder}: another run is at work there")
 
     def synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def load(self, name: str, config: Config, trainable: bool):
-        """A causal LM for this rank; float32 if it is trained, else the compute dtype. Never remote code."""
+        """A causal LM for this rank; float32 if it is trained, else the compute dtype. Never remote code.
+        It is built without memory and sharded, then every rank reads its part of each tensor: no rank ever
+        holds the whole model. (transformers' distributed_config could do it, but only with accelerate.)"""
         dtype = torch.float32 if trainable or self.device.type == "cpu" else torch.bfloat16
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    AutoConfig.from_pretrained(name, trust_remote_code=False), dtype=dtype,
+                    attn_implementation="sdpa", trust_remote_code=False)
+        except (OSError, ValueError) as error:
             raise BadInput(f"{name}: not a model that can be loaded: {str(error).splitlines()[0]}")
-        if loading["missing_keys"]:  # transformers would fill them with random numbers
-            raise BadInput(f"{name}: weights are missing: {sorted(loading['missing_keys'])[:3]} ...")
-        model = model.to(self.device).requires_grad_(trainable).eval()
+        model.requires_grad_(trainable).eval()
         for module in model.modules():  # with dropout the ratio of an on-policy step would not be 1
             for attribute in ("p", "attention_dropout"):
                 if isinstance(getattr(module, attribute, None), float):
                     setattr(module, attribute, 0.0)
+        model.token_logprobs = MethodType(token_logprobs, model)
+        if self.fsdp:
+            for layer in model.base_model.layers:
+                fully_shard(layer, **self.fsdp)
+            # embeddings, last norm and head: tied weights in one group; whole until backward if there is one
+            fully_shard(model, **self.fsdp, reshard_after_forward=not trainable)
+            register_fsdp_forward_method(model, "token_logprobs")
+        read_weights(model.to_empty(device=self.device), name, self)
         if trainable and config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
             model.train()
         check_architecture(model)
         if self.fsdp:
-            for layer in model.base_model.layers:
-                fully_shard(layer, **self.fsdp)
-            fully_shard(model, **self.fsdp)  # embeddings, last norm and head: tied weights in one group
-            register_fsdp_forward_method(model, "token_logprobs")
+            model.reshard()  # an optimizer made now must see the shards
         return model
 
     @contextmanager
@@ -1214,18 +1267,47 @@ class Ranks:
             module.set_reshard_after_forward(module not in models, recurse=False)  # False is a root's default
 
     def backward(self, model, loss: Tensor, last: bool):
-        """Of one micro-batch; only in the last one of an update are gradients reduced over ranks."""
+        """Of one micro-batch. Gradients are reduced to shards at once, for whole ones are 30 GB in float32
+        for 7B; over the copies of --shard_size, nodes apart, only in the last micro-batch of an update."""
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
+            model.set_requires_all_reduce(last)
         (loss * self.world).backward()  # FSDP averages over ranks, the denominator is global already
 
     def clip_grad_norm(self, model, limit: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         return (norm.full_tensor() if self.fsdp else norm).item()
 
-    def close(self):
-        if self.world > 1:
-            dist.destroy_process_group()
+
+def weights(model) -> dict[str, Tensor]:
+    """The state dict, tied weights once."""
+    return {k: v for k, v in model.state_dict().items() if k not in model.all_tied_weights_keys}
+
+
+def read_weights(model, name: str, ranks: Ranks):
+    """Fill a model without values from safetensors: of each tensor a rank reads its own shard alone."""
+    try:
+        folder = name if Path(name).is_dir() else snapshot_download(
+            name, allow_patterns=["*.json", "model*.safetensors"])
+        reader, state = HuggingFaceStorageReader(str(folder)), weights(model)
+        if missing := sorted(set(state) - set(reader.read_metadata().state_dict_metadata)):
+            raise BadInput(f"{name}: weights are missing in its safetensors: {missing[:3]} ...")
+        dcp.load(state, storage_reader=reader, no_dist=ranks.world == 1)
+    except (OSError, ValueError, SafetensorError, CheckpointException) as error:
+        raise BadInput(f"{name}: not a model that can be loaded: {reason(error)}")
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    except OSError:
+        pass  # no such file: the model's configuration has a stop token, too
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    model.init_weights()  # of transformers: now only what is in no file, such as rotary frequencies, and ties
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error; of a CheckpointException, that of the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0]
 
 
 def check_architecture(model):
@@ -1240,32 +1322,73 @@ def check_architecture(model):
     with torch.no_grad():
         packed = completion_logprobs(model, prompt, completions)
         for completion, got in zip(completions, packed):
-            logits = model(torch.tensor([prompt + completion], device=got.device)).logits[0].float()
-            places = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
-            gap = (logits.log_softmax(-1)[places, completion] - got).abs().max().item()
-            if gap > (1e-3 if model.dtype == torch.float32 else 0.25):  # nats; bfloat16 rounds logits
+            logits = model(torch.tensor([prompt + completion], device=got.device)).logits[0]
+            places, dtype = range(len(prompt) - 1, len(prompt) + len(completion) - 1), logits.dtype
+            gap = (logits.float().log_softmax(-1)[places, completion] - got).abs().max().item()
+            if gap > (1e-3 if dtype == torch.float32 else 0.25):  # nats; bfloat16 rounds logits
                 raise BadInput(f"{config.model_type}: packed and plain log-probs differ by {gap:.3f} nats")
 
 
+def publish(temporary: Path, folder: Path):
+    """Rename a finished folder. Its files are on the disk before its name: what has the name is whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in (*temporary.iterdir(), temporary):
+        flush(path)
+    temporary.rename(folder)
+    flush(folder.parent)
+
+
+def flush(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+CHECKSUMS = "checksums.json"
+
+
+def checksums(folder: Path, ranks: Ranks) -> dict[str, str]:
+    """SHA-256 of each file; ranks share the reading. torch's reader does not notice a flipped bit."""
+    mine = {}
+    for path in sorted(folder.iterdir())[ranks.rank :: ranks.world]:
+        try:
+            with open(path, "rb") as file:
+                mine[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:  # a bad disk: it will not equal what was written
+            mine[path.name] = str(error)
+    return {name: value for of_rank in ranks.gather(mine) for name, value in of_rank.items()}
+
+
 def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks, keep: int):
-    """Written beside and renamed: a kill at any moment leaves the last complete checkpoint as it was."""
-    temporary = folder / f"step-{step}.tmp"
-    if ranks.main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    ranks.gather(None)  # nobody writes before it is gone
-    dcp.save(dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer))),
-             checkpoint_id=temporary, no_dist=ranks.world == 1)
-    ranks.gather(None)  # nobody renames before all have written
-    if ranks.main:
-        temporary.rename(folder / f"step-{step}")
+    """Written beside, flushed, renamed: a kill or a full disk at any moment leaves the older ones alone."""
+    path, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    failure = f"{path}: not saved, older checkpoints are intact"
+    ranks.on_main(lambda: [shutil.rmtree(left) for left in folder.glob("*.tmp")], failure)
+    try:
+        dcp.save(dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer))),
+                 checkpoint_id=temporary, no_dist=ranks.world == 1)
+    except CheckpointException as error:  # on all ranks, wherever it happened
+        free = shutil.disk_usage(folder).free // 2**20  # torch.save hides what the disk said
+        ranks.on_main(lambda: shutil.rmtree(temporary), failure)
+        raise BadInput(f"{failure}: {reason(error)} ({free} MiB are free)")
+    sums = checksums(temporary, ranks)
+
+    def finish():
+        (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=2))
+        publish(temporary, path)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
 
+    ranks.on_main(finish, failure)
 
-def load_checkpoint(path: Path, model, optimizer) -> int:
+
+def load_checkpoint(path: Path, model, optimizer, ranks: Ranks) -> int:
     """Weights and optimizer, in place, on any number of ranks -> the step."""
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=ranks.world == 1)
+    except CheckpointException as error:
+        raise BadInput(f"{path}: not a checkpoint of this model: {reason(error)}")
     weights, moments = state["model"], state["optimizer"]
     dcp_state.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return int(path.name.removeprefix("step-"))
@@ -1277,18 +1400,53 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(complete, key=lambda path: int(path.name[5:]))
 
 
+def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
+    """Load the newest sound checkpoint -> its step; 0 if there is none. Damaged ones are named, put aside."""
+    found = checkpoints(folder)
+    for path in reversed(found):
+        sums = checksums(path, ranks)
+        try:
+            expected = json.loads((path / CHECKSUMS).read_text())
+        except (OSError, ValueError):
+            expected = {}
+        bad = [name for name in expected if sums.get(name) != expected[name]] or [CHECKSUMS] * (not expected)
+        if not bad:
+            return load_checkpoint(path, model, optimizer, ranks)
+        ranks.on_main(lambda: publish(path, path.with_suffix(".damaged")), str(path))
+        if ranks.main:
+            print(f"{path}: damaged ({', '.join(bad)}), the one before it is used", flush=True)
+    if found:
+        raise BadInput(f"{folder}: no checkpoint is sound; remove {folder.parent} to begin again")
+    return 0
+
+
+EXPORT_BYTES = 4 * 2**30  # of a file of weights, and so what rank 0 holds at once
+
+
 def export(model, tokenizer, folder: Path, ranks: Ranks):
-    """An ordinary Hugging Face folder, written beside and renamed."""
-    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcp_state.get_model_state_dict(model, options=options)
-    if ranks.main:
-        temporary = folder.with_name(folder.name + ".tmp")
+    """An ordinary Hugging Face folder of float32 weights, written beside and renamed, tensor by tensor: no
+    rank ever holds the whole model."""
+    temporary, state = folder.with_name(folder.name + ".tmp"), weights(model)
+    shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=EXPORT_BYTES)
+
+    def begin():
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    ranks.gather(None)
+        for part in (model.config, model.generation_config, tokenizer):
+            part.save_pretrained(temporary)
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+    ranks.on_main(begin, f"{folder}: not saved")
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {}
+        for name in names:  # all ranks send their shards, rank 0 keeps the whole tensor
+            whole = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
+            if ranks.main:
+                tensors[name] = whole.cpu()
+        ranks.on_main(lambda: save_file(tensors, temporary / file, {"format": "pt"}), f"{folder}: not saved")
+    ranks.on_main(lambda: publish(temporary, folder), f"{folder}: not saved")
 
 
 # ================================================================================ 9 Train, presets, main
@@ -1366,6 +1524,7 @@ def run_folder(config: Config, ranks: Ranks) -> Path:
         raise BadInput(f"{folder} holds a run already: go on with --resume auto, or give another --name")
     ranks.gather(None)  # all have looked
     folder.mkdir(parents=True, exist_ok=True)
+    ranks.lock(folder)
     return folder
 
 
@@ -1379,9 +1538,10 @@ class Log:
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = folder / name
-            lines = path.read_text().splitlines() if start and path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-            path.write_text("".join(line + "\n" for line in kept))
+            lines = path.read_text().split("\n")[:-1] if start and path.exists() else []  # last: half
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
+            path.with_suffix(".tmp").replace(path)
             for line in kept if name == "metrics.jsonl" else []:
                 self.remember(json.loads(line))
         if config.report_to == "tensorboard":
@@ -1476,7 +1636,7 @@ def new_optimizer(model, learning_rate: float, config: Config):
 def train(config: Config) -> Path:
     """The whole run -> path of its final Hugging Face folder."""
     transformers_logging.disable_progress_bar()  # a bar for every file read would bury the run's own
-    with closing(Ranks(config)) as ranks:
+    with Ranks(config) as ranks:
         return run(config, ranks)
 
 
@@ -1509,7 +1669,7 @@ def run(config: Config, ranks: Ranks) -> Path:
     reference = ranks.load(start_from, config, trainable=False) if config.kl_coef else None
     optimizer = new_optimizer(policy.model, config.learning_rate, config)
     saved = folder / "checkpoints"
-    start = load_checkpoint(checkpoints(saved)[-1], policy.model, optimizer) if checkpoints(saved) else 0
+    start = resume(saved, policy.model, optimizer, ranks)
     log = Log(folder, config, start, ranks)
     stop_signal = []
     signal.signal(signal.SIGTERM, lambda *_: stop_signal.append(True))  # finish the step, save, exit 0
@@ -1591,6 +1751,7 @@ def parse(arguments: list[str]) -> Config:
     return config
 
 
+@record  # torchrun then shows the traceback of the rank that failed first
 def main():
     train(parse(sys.argv[1:]))
 
