@@ -40,7 +40,6 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1133,7 +1132,7 @@ def main(arguments=None):
         return curves(options.runs, options.out)
     check_options(options)
     transformers_logging.disable_progress_bar()
-    with closing(Ranks(Config(device=options.device))) as ranks:
+    with Ranks(Config(device=options.device)) as ranks:
         COMMANDS[options.command](options, ranks)
 
 

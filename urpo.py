@@ -56,13 +56,13 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import record as show_traceback
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
-                          HfArgumentParser, StoppingCriteriaList)
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+                          GenerationConfig, HfArgumentParser, StoppingCriteriaList)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
@@ -358,7 +358,7 @@ class SharedPromptLayer(DynamicLayer):
     lays them aside. What follows is written in place: DynamicLayer would copy the cache for every token."""
 
     SPARE = 64  # tokens of room at first; it doubles when it is full
-    prompt = None  # keys and values [B, kv heads, P, head dim]; self.keys and self.values are then [B * n, ...]
+    prompt = None  # keys and values [B, kv heads, P, head dim]; self.keys, self.values are then [B * n, ...]
 
     def batch_repeat_interleave(self, repeats):
         self.prompt, self.length = (self.keys, self.values), 0
@@ -447,8 +447,8 @@ def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperatu
            stop_ids: list[int], max_tokens: int = 131072, progress: str = "") -> list[list[tuple]]:
     """n completions for each prompt: (ids with the stop token if it came, truncated?, log-probs [len]).
     `limits`: new tokens at most, for each prompt. Temperature 0 is greedy. A batch is as large as `max_tokens`
-    in the cache allow, for a step of decoding costs nearly the same for few rows as for many; prompts of
-    similar length share it, so that padding stays small. In evaluation mode; the mode is restored."""
+    in the cache allow: decoding costs nearly the same for few rows as for many. Prompts of similar length
+    share it, so that padding stays small. In evaluation mode; the mode is restored."""
     results, queue = {}, sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]))
     # generate() fills what a call leaves unset from the model's generation_config (Qwen2.5: top_k 20, ...)
     was_training, kept, model.generation_config = model.training, model.generation_config, GenerationConfig()
@@ -489,17 +489,19 @@ def generate_groups(model, prompts, n, limits, temperature, stop_ids):
                                 max_new_tokens=max(limits), eos_token_id=stop_ids, pad_token_id=stop_ids[0],
                                 use_cache=True)
     recorder = LogprobRecorder(temperature or 1.0)
-    ends = torch.tensor(limits, device=device).repeat_interleave(n) + width
+    ends = width + torch.tensor(limits, device=device).repeat_interleave(n)  # [B * n]: each row has its limit
+    limit_reached = StoppingCriteriaList([lambda ids, scores: ids.shape[1] >= ends])
     out = model.generate(  # synced_gpus: ranks sample on their own, with whole weights (section 8)
         ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
-        generation_config=settings, logits_processor=[recorder], synced_gpus=False,
-        stopping_criteria=StoppingCriteriaList([lambda ids, scores: ids.shape[1] >= ends]))[:, width:]  # [B*n, T]
+        generation_config=settings, logits_processor=[recorder], stopping_criteria=limit_reached,
+        synced_gpus=False)[:, width:]  # [B * n, T]
     recorder.take(out[:, -1:])
     completions = []
-    for tokens, logprobs, limit in zip(out.tolist(), torch.cat(recorder.logprobs, 1).cpu(), (ends - width).tolist()):
+    for i, (tokens, logprobs) in enumerate(zip(out.tolist(), torch.cat(recorder.logprobs, 1).cpu())):
+        tokens = tokens[: limits[i // n]]
         # the end is the place of the first stop token, never an id count: padding may have the same id
-        end = next((i + 1 for i, token in enumerate(tokens[:limit]) if token in stop_ids), None)
-        completions.append((tokens[: end or limit], end is None, logprobs[: end or limit]))
+        end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), None)
+        completions.append((tokens[:end], end is None, logprobs[: end or len(tokens)]))
     return [completions[i : i + n] for i in range(0, len(completions), n)]
 
 
@@ -778,7 +780,7 @@ def pack(groups: list[tuple[list[int], list]], hidden_size: int, max_tokens: int
 def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """-> ids [R, L], positions [R, L], mask [R, 1, L - S, L] or None; and for each completion token the place
     in [R * L] that predicts it, and its id. Positions go on from the prompt's for every completion. The first
-    S places belong to prompts in all rows: they are causal, the mask is about the others (group_attention)."""
+    S places belong to prompts in all rows: they are causal, the mask is for the rest (group_attention)."""
     length = max(map(len, rows))
     ids, positions, segments, sources, targets = [], [], [], [], []
     for r, row in enumerate(rows):
@@ -1751,7 +1753,7 @@ def parse(arguments: list[str]) -> Config:
     return config
 
 
-@record  # torchrun then shows the traceback of the rank that failed first
+@show_traceback  # torchrun then shows the traceback of the rank that failed first
 def main():
     train(parse(sys.argv[1:]))
 
