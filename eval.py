@@ -995,17 +995,26 @@ COMMANDS = {"alpaca": alpaca, "rewardbench": rewardbench, "reasoning": reasoning
 
 
 # ================================================================================ Curves
-# what a reader looks at first: (title, metric names that are drawn into one panel)
+# what a reader looks at first: (title, names of metrics that are drawn into one panel)
 PANELS = [
-    ("reward", ["reward/verifiable", "reward/preference", "reward/open"]),
-    ("held out, sampled", ["eval/verifiable_accuracy", "eval/referee_accuracy", "eval/true_quality"]),
-    ("held out, greedy", ["eval/verifiable_accuracy_greedy", "eval/referee_accuracy_greedy", "eval/true_quality_greedy"]),
-    ("flat groups", ["flat/verifiable", "flat/preference", "flat/open"]),
-    ("judgements that parse", ["parse_rate/preference", "parse_rate/open"]),
-    ("length, tokens", ["length/verifiable", "length/preference", "length/open"]),
+    ("held out: verifiable accuracy", ["eval/verifiable_accuracy", "eval/verifiable_accuracy_greedy"]),
+    ("held out: referee's pairwise accuracy", ["eval/referee_accuracy", "eval/referee_accuracy_greedy"]),
+    ("held out: true quality of open answers", ["eval/true_quality", "eval/true_quality_greedy"]),
+    ("reward", ["reward/verifiable", "reward/preference"]),
+    ("open answers: the referee's score, the truth", ["raw_score/open", "true_quality/open"]),
+    ("open answers: does the reward order them rightly?", ["reward_tau/open"]),
+    ("open answers: entropy of scores, nats", ["score_entropy/open"]),
+    ("length, tokens", ["length/open", "length/verifiable", "length/preference"]),
+    ("flat groups", ["flat/open", "flat/verifiable", "flat/preference"]),
+    ("judgements that parse", ["parse_rate/open", "parse_rate/preference"]),
     ("entropy, nats", ["entropy"]),
     ("KL, nats", ["kl"]),
 ]
+# what is tabled of the steps of training, beside everything held out
+TABLED = ["raw_score/open", "true_quality/open", "reward_tau/open", "score_entropy/open", "tie_rate/open",
+          "length/open", "flat/verifiable", "flat/preference", "flat/open"]
+STYLES = ["-", "--", ":"]
+WINDOW = 10  # steps of training that a value is the mean of: single ones are noise
 
 
 def read_run(folder: str) -> list[dict]:
@@ -1019,20 +1028,68 @@ def read_run(folder: str) -> list[dict]:
     return lines
 
 
-def smooth(values: list[float], window: int = 10) -> list[float]:
-    """Mean over the last `window` values: single steps are noise."""
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+def smooth(values: list[float]) -> list[float]:
+    """Mean over the last WINDOW values."""
+    return [sum(values[max(0, i + 1 - WINDOW) : i + 1]) / min(WINDOW, i + 1) for i in range(len(values))]
+
+
+def series(lines: list[dict], name: str) -> dict[int, float]:
+    """Step -> value of one metric of one run; those of training are smoothed."""
+    points = {line["step"]: line[name] for line in lines if name in line}
+    return points if name.startswith("eval/") else dict(zip(points, smooth(list(points.values()))))
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds and its standard error; 0 for one seed, which has no band."""
+    return mean(values), standard_error(values) if len(values) > 1 else 0.0
+
+
+def spread(values: list[float]) -> str:
+    middle, error = mean_and_error(values)
+    return f"{middle:.3f}" + f" ± {error:.3f}" * (len(set(values)) > 1)
+
+
+def seeds_by_arm(runs: dict[str, list[dict]]) -> dict[str, list[list[dict]]]:
+    """Runs whose names differ only in a trailing -sN are seeds of one arm."""
+    arms: dict[str, list[list[dict]]] = {}
+    for name, lines in runs.items():
+        arms.setdefault(re.sub(r"-s\d+$", "", name), []).append(lines)
+    return arms
+
+
+def print_columns(title: str, columns: dict[str, dict[str, str]]) -> None:
+    """One row for each name in the columns."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    print()
+    print_table([title, *columns], [[name, *(c.get(name, "") for c in columns.values())] for name in names])
+
+
+def tables(arms: dict[str, list[list[dict]]]) -> None:
+    """Mean ± standard error over seeds: held-out scores at the first and the last evaluation (arms that start
+    from one model share a column), and what training looked like in its last steps."""
+    held_out, training = {}, {}
+    for arm, seeds in arms.items():
+        for which in (0, -1):
+            held = [[line for line in lines if any("eval/" in name for name in line)] for lines in seeds]
+            chosen = [lines[which] for lines in held if lines]
+            column = {name.removeprefix("eval/"): spread([line[name] for line in chosen])
+                      for name in (chosen[0] if chosen else []) if name != "step"}
+            if column and column not in held_out.values():
+                held_out[f"{arm}, step {chosen[0]['step']}"] = column
+        last = {name: [list(series(lines, name).values())[-1:] for lines in seeds] for name in TABLED}
+        tokens = sum(line.get("trained_tokens", 0) for lines in seeds for line in lines) / len(seeds)
+        column = {name: spread(sum(values, [])) for name, values in last.items() if any(values)}
+        column["tokens in the loss, thousands"] = f"{tokens / 1000:.0f}"
+        training[f"{arm}, n {len(seeds)}"] = column
+    print_columns("held out", held_out)
+    print_columns(f"last {WINDOW} steps of training", training)
 
 
 def curves(folders: list[str], out: str) -> None:
-    """One panel for each group of metrics, one line style for each run; and the held-out scores as a table."""
-    runs = {Path(folder).name: read_run(folder) for folder in folders}
-    for name, lines in runs.items():
-        held_out = [line for line in lines if any(key.startswith("eval/") for key in line)]
-        for key in held_out[-1] if held_out else []:
-            if key != "step":
-                points = "  ".join(f"{line['step']}: {line[key]:.3f}" for line in held_out if key in line)
-                print(f"{name}  {key.removeprefix('eval/'):<28} {points}")
+    """Tables and a picture: a colour for each arm (mean over its seeds, band: standard error), a line style
+    for each metric of a panel."""
+    arms = seeds_by_arm({Path(folder).name: read_run(folder) for folder in folders})
+    tables(arms)
     try:
         import matplotlib
     except ImportError:
@@ -1041,22 +1098,26 @@ def curves(folders: list[str], out: str) -> None:
     matplotlib.use("Agg")  # to a file, also where there is no screen
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 4, figsize=(18, 8))
-    for axis, (title, keys) in zip(axes.flat, PANELS):
-        for style, (name, lines) in zip(["-", "--", ":", "-."] * len(runs), runs.items()):
-            for colour, key in enumerate(keys):
-                points = [(line["step"], line[key]) for line in lines if key in line]
-                if points:
-                    steps, values = zip(*points)
-                    values = values if key.startswith("eval/") else smooth(values)
-                    label = f"{key.split('/')[-1]} ({name})" if len(runs) > 1 else key.split("/")[-1]
-                    axis.plot(steps, values, style, color=f"C{colour}", label=label)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        if axis.get_lines():
-            axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
+    figure, axes = pyplot.subplots(3, 4, figsize=(16, 10))
+    for axis, (title, names) in zip(axes.flat, PANELS):
+        for colour, seeds in enumerate(arms.values()):
+            for style, name in zip(STYLES, names):
+                points = [series(lines, name) for lines in seeds]
+                steps = sorted(set.intersection(*map(set, points)))
+                if steps:
+                    bands = [mean_and_error([of_seed[step] for of_seed in points]) for step in steps]
+                    axis.plot(steps, [middle for middle, _ in bands], style, color=f"C{colour}")
+                    low, high = zip(*((middle - error, middle + error) for middle, error in bands))
+                    axis.fill_between(steps, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        if len(names) > 1:
+            keys = [pyplot.Line2D([], [], color="black", linestyle=style) for style, _ in zip(STYLES, names)]
+            axis.legend(keys, [name.removeprefix("eval/") for name in names], fontsize=7)
+    handles = [pyplot.Line2D([], [], color=f"C{colour}", linewidth=3) for colour in range(len(arms))]
+    labels = [f"{arm} (n {len(seeds)})" for arm, seeds in arms.items()]
+    figure.legend(handles, labels, loc="lower center", ncols=len(arms))
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(out, dpi=75)
     print(out)
 
 

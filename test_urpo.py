@@ -2348,3 +2348,48 @@ def test_export_in_files(settings, folder, tmp_path, monkeypatch):
     assert len(list((tmp_path / "final").glob("*.safetensors"))) > 1
     before, after = weights_of(folder), weights_of(tmp_path / "final")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------ the comparison with a ruler
+def test_training_metrics_know_the_truth(settings):
+    """Bug: reward hacking is invisible. What the referee gives and what open answers are worth must be logged on
+    one scale, and how far the rewards order a group as the truth does; without a ruler (other data) neither."""
+    row = {"kind": "open", "prompt": urpo.chat("List 2 different fruits"), "source": "tiny"}
+    texts = ["apple pear", "apple apple", "saw dog", "saw apple"]  # worth 1, 0.5, 0, 0.5
+    fooled = lambda questions: [[10.0 if text.startswith("saw") else 1.0 for text in shown]
+                                for _, shown in questions]
+    group = urpo.Group(row, [], texts=texts, completions=[[1]] * 4, truncated=[False] * 4)
+    [group.rewards] = urpo.open_rewards([group], fooled, settings(list_size=4, judgements=1), random.Random(0))
+    metrics = urpo.kind_metrics([urpo.group_record(group)])
+    assert metrics["raw_score/open"] == metrics["true_quality/open"] == pytest.approx(0.5)
+    assert metrics["reward_tau/open"] == pytest.approx(-3 / 5)  # of five pairs three the wrong way, two tied
+    group.rewards[0] = NAN  # no signal: neither side of the comparison has it
+    assert urpo.kind_metrics([urpo.group_record(group)])["true_quality/open"] == pytest.approx(1 / 3)
+    group.row = {**row, "source": "else"}
+    metrics = urpo.kind_metrics([urpo.group_record(group)])
+    assert not {"true_quality/open", "reward_tau/open"} & set(metrics)
+
+
+def fake_run(root, name, first, last, training=()):
+    (root / name).mkdir()
+    lines = [{"step": 0, "eval/true_quality": first},
+             *({"step": i + 1, "trained_tokens": 500, "raw_score/open": v} for i, v in enumerate(training)),
+             {"step": 40, "eval/true_quality": last}]
+    (root / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(root / name)
+
+
+def test_curves_of_seeds(tmp_path, capsys):
+    """Bug: seeds of one arm are drawn and tabled as runs of their own; the spread is that of runs and not of
+    their mean (or ddof 0); training is tabled from one noisy step; arms that start from one model repeat their
+    first column."""
+    runs = [fake_run(tmp_path, f"a-s{s}", 0.5, last, [0.0] * 5 + [last - 0.1, last + 0.1] * 5)
+            for s, last in enumerate((0.6, 0.8, 1.0))]
+    runs += [fake_run(tmp_path, "b-s0", 0.5, 0.25, [1.0])]
+    evaluators.curves(runs, str(tmp_path / "curves.png"))
+    printed = re.sub(" +", " ", capsys.readouterr().out)
+    assert "| held out | a, step 0 | a, step 40 | b, step 40 |" in printed
+    assert "| true_quality | 0.500 | 0.800 ± 0.115 | 0.250 |" in printed  # 0.2 / sqrt(3)
+    assert "| last 10 steps of training | a, n 3 | b, n 1 |" in printed
+    assert "| raw_score/open | 0.800 ± 0.115 | 1.000 |" in printed
+    assert "| tokens in the loss, thousands | 8 | 0 |" in printed  # 15 x 500 of one seed, not of three

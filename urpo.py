@@ -140,6 +140,7 @@ class Config:
 HUB_DATA = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl")
 PRESETS = {
     # two cores, two minutes: a small transformer with its own little language (data_prep.py, "tiny world")
+    # 40 steps: by 80 the policy fools its referee (README). kl_coef 0 to 0.1, 1 to 4 judgements: no difference
     "tiny": dict(model=str(Path(__file__).resolve().parent / "assets/tiny"), data="data/tiny/train.jsonl",
                  eval_data="data/tiny/heldout.jsonl", steps=40, prompts_per_step=24, learning_rate=4e-4,
                  kl_coef=0.03, max_new_tokens=16, judge_max_new_tokens=64, list_size=3, eval_every=20,
@@ -1080,12 +1081,15 @@ def correlation(pairs: list[tuple[float, float]]) -> float:
 
 
 def group_record(group: Group) -> dict:
-    """What the metrics need (it travels between ranks). verdicts: (scores or None, lengths shown)."""
+    """What the metrics need (it travels between ranks). verdicts: (scores or None, lengths shown). quality:
+    the truth about open responses, NaN outside of the tiny world; no reward depends on it."""
     verdicts = [(j["scores"], [len(group.texts[i]) for i in j["shown"]]) for j in group.judged]
     if group.row["kind"] == "preference":
         verdicts = [(parse_scores(text, len(group.truth)), []) for text in group.texts]
+    texts = group.texts if group.row["kind"] == "open" else []
     return {"kind": group.row["kind"], "rewards": group.rewards, "truncated": group.truncated,
-            "lengths": [len(ids) for ids in group.completions], "verdicts": verdicts}
+            "lengths": [len(ids) for ids in group.completions], "verdicts": verdicts,
+            "quality": [true_quality(group.row, text) for text in texts]}
 
 
 def kind_metrics(records: list[dict]) -> dict[str, float]:
@@ -1112,10 +1116,17 @@ def kind_metrics(records: list[dict]) -> dict[str, float]:
                 f"parse_rate/{kind}": len(parsed) / len(verdicts),
                 f"tie_rate/{kind}": mean(a == b for s in parsed for i, a in enumerate(s) for b in s[:i]),
                 f"distinct_scores/{kind}": mean(len(set(scores)) for scores in parsed),
+                f"raw_score/{kind}": (mean(given) - 1) / 9,  # in [0, 1] as the true quality is
                 f"score_entropy/{kind}": -sum(p * math.log(p) for p in shares),  # nats
                 f"length_correlation/{kind}": correlation(pairs)}
             for slot, label in enumerate(LABELS[: max(map(len, parsed), default=0)]):
                 metrics[f"slot_score/{kind}/{label}"] = mean(s[slot] for s in parsed if len(s) > slot)
+        paid = [[pair for pair in zip(g["rewards"], g["quality"]) if all(map(math.isfinite, pair))]
+                for g in groups]
+        if known := [tuple(zip(*pairs)) for pairs in paid if pairs]:  # (rewards, the truth) of every group
+            metrics |= {
+                f"true_quality/{kind}": mean(q for _, quality in known for q in quality),
+                f"reward_tau/{kind}": mean(ranking_reward(r, q) for r, q in known if len(set(q)) > 1)}
     return metrics
 
 
