@@ -133,7 +133,7 @@ def one_step(settings, monkeypatch):
 
         def sample(model, prompts, n, *args, **kwargs):
             out = real["sample"](model, prompts, n, *args, **kwargs)
-            call = SimpleNamespace(model=model, prompts=prompts, n=n, out=out, weights=fingerprint(), mode=model.training)
+            call = SimpleNamespace(model=model, prompts=prompts, n=n, out=out, weights=fingerprint())
             seen.sampled.append(call)
             return out
 
@@ -502,7 +502,7 @@ def test_who_reaches_the_loss(one_step):
     """Rows 7, 8, 21 and two hazards: judgements of open groups in the loss; a stale judge; advantages at the wrong completion."""
     run = one_step(rewards=None, rows=ROWS[:3] + ROWS[:3])  # every prompt twice: separate baselines
     players, judge = run.sampled
-    assert players.n == 4 and judge.n == 1 and players.model is judge.model and not players.mode and not judge.mode
+    assert players.n == 4 and judge.n == 1 and players.model is judge.model
     assert players.weights == judge.weights == run.start  # the weights of this step, before any update
     sampled = {(tuple(g.prompt_ids), tuple(ids)) for g in run.groups for ids in g.completions}
     assert sampled == {(tuple(p), tuple(ids)) for p, out in zip(players.prompts, players.out) for ids, _, _ in out}

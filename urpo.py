@@ -126,7 +126,7 @@ class Config:
     warmup_learning_rate: float = setting(2e-5, "of these: form is quickly learned, the rest should not move")
     # memory
     microbatch_tokens: int = setting(2048, "tokens in one training forward, padding included")
-    gradient_checkpointing: bool = setting(False, "recompute layers: a third more time, far less memory")
+    gradient_checkpointing: bool = setting(True, "recompute layers in backward: slower, far less memory")
     shard_size: int = setting(0, "ranks that share one copy of the weights (GPUs of a node); 0: all ranks")
     # what is written
     eval_every: int = setting(20, "steps between held-out evaluations; 0: none")
@@ -140,16 +140,16 @@ class Config:
 HUB_DATA = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl")
 PRESETS = {
     # two cores, two minutes: a small transformer with its own little language (data_prep.py, "tiny world")
-    # 40 steps: by 80 the policy fools its referee (README). kl_coef 0 to 0.1, 1 to 4 judgements: no difference
+    # 40 steps: by 80 the policy fools its referee (README); kl_coef and judgements make no difference there
     "tiny": dict(model=str(Path(__file__).resolve().parent / "assets/tiny"), data="data/tiny/train.jsonl",
                  eval_data="data/tiny/heldout.jsonl", steps=40, prompts_per_step=24, learning_rate=4e-4,
                  kl_coef=0.03, max_new_tokens=16, judge_max_new_tokens=64, list_size=3, eval_every=20,
-                 eval_rows=300, save_every=20, sample_every=20),
+                 eval_rows=300, save_every=20, sample_every=20, gradient_checkpointing=False),
     # one GPU of 24 GB
     "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB_DATA, warmup_steps=20, microbatch_tokens=16384),
     # eight GPUs of 80 GB; a base model stops at <|endoftext|>, its chat template ends turns with <|im_end|>
-    "7b": dict(model="Qwen/Qwen2.5-7B", **HUB_DATA, stop_tokens="<|im_end|>", gradient_checkpointing=True,
-               prompts_per_step=192, max_new_tokens=2048, judge_max_new_tokens=1024, microbatch_tokens=16384,
+    "7b": dict(model="Qwen/Qwen2.5-7B", **HUB_DATA, stop_tokens="<|im_end|>", prompts_per_step=192,
+               max_new_tokens=2048, judge_max_new_tokens=1024, microbatch_tokens=16384,
                rollout_tokens=524288),
 }
 
@@ -447,7 +447,7 @@ def stop_token_ids(tokenizer, generation_config, extra: str = "") -> list[int]:
 def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperature: float,
            stop_ids: list[int], max_tokens: int = 131072, progress: str = "") -> list[list[tuple]]:
     """n completions for each prompt: (ids with the stop token if it came, truncated?, log-probs [len]).
-    `limits`: new tokens at most, for each prompt. Temperature 0 is greedy. A batch is as large as `max_tokens`
+    `limits`: new tokens at most, by prompt. Temperature 0 is greedy. A batch is as large as `max_tokens`
     in the cache allow: decoding costs nearly the same for few rows as for many. Prompts of similar length
     share it, so that padding stays small. In evaluation mode; the mode is restored."""
     results, queue = {}, sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]))
@@ -1260,7 +1260,7 @@ class Ranks:
             register_fsdp_forward_method(model, "token_logprobs")
         read_weights(model.to_empty(device=self.device), name, self)
         if trainable and config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
             model.train()
         check_architecture(model)
         if self.fsdp:
@@ -1643,7 +1643,8 @@ def load_actor(name: str, config: Config, ranks: Ranks, trainable: bool) -> Acto
 
 
 def new_optimizer(model, learning_rate: float, config: Config):
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=config.weight_decay)
+    decay = config.weight_decay
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=decay, fused=True)
 
 
 def train(config: Config) -> Path:
