@@ -1,4 +1,4 @@
-"""Tests of urpo.py on tiny random models: CPU, no network, about a minute.
+"""Tests of urpo.py on tiny random models: CPU, no network, four minutes.
 
 Every docstring names the bug that its test guards against. "Rows" and "hazards" are those of the project's list of bugs that
 real GRPO and self-reward code had."""
