@@ -45,6 +45,8 @@ from pathlib import Path
 from types import MethodType
 from typing import Callable, Literal, Sequence
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: large tensors in huge pages, which the
+# kernel clears 500 times less often: a tenth faster
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
@@ -59,7 +61,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record as show_traceback
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig, HfArgumentParser, StoppingCriteriaList)
@@ -126,7 +128,7 @@ class Config:
     warmup_learning_rate: float = setting(2e-5, "of these: form is quickly learned, the rest should not move")
     # memory
     microbatch_tokens: int = setting(2048, "tokens in one training forward, padding included")
-    gradient_checkpointing: bool = setting(True, "recompute layers in backward: slower, far less memory")
+    gradient_checkpointing: bool = setting(False, "recompute layers in backward: slower, far less memory")
     shard_size: int = setting(0, "ranks that share one copy of the weights (GPUs of a node); 0: all ranks")
     # what is written
     eval_every: int = setting(20, "steps between held-out evaluations; 0: none")
@@ -414,20 +416,25 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, pro
 AttentionInterface.register("sdpa", group_attention)  # for any model that is loaded with sdpa
 
 
-class LogprobRecorder:
-    """A logits processor that only looks: it keeps the log-prob of each sampled token, at temperature T."""
+class Sampler:
+    """The logits processor that draws each token, and keeps its log-prob at temperature T (0: greedy).
+
+    It leaves `generate` one candidate, whose own draw would take a random number for every word of the
+    vocabulary: a sixth of a decoding step on a CPU. Here one number is looked up in the cumulative sum."""
 
     def __init__(self, temperature: float):
-        self.temperature, self.logprobs, self.last = temperature, [], None
+        self.temperature, self.logprobs = temperature, []
 
     def __call__(self, input_ids, scores):
-        self.take(input_ids[:, -1:])
-        self.last = (scores / self.temperature).log_softmax(-1)  # [B, V]
-        return scores
-
-    def take(self, tokens):  # [B, 1]
-        if self.last is not None:
-            self.logprobs.append(self.last.gather(1, tokens))
+        logprobs = (scores / (self.temperature or 1.0)).log_softmax(-1)  # [B, V]
+        if self.temperature:
+            sums = logprobs.double().exp().cumsum(-1)  # in float32 rare tokens would vanish in the sum
+            drawn = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device) * sums[:, -1:]
+            token = torch.searchsorted(sums, drawn, right=True)  # [B, 1]
+        else:
+            token = logprobs.argmax(-1, keepdim=True)
+        self.logprobs.append(logprobs.gather(1, token))
+        return logprobs.fill_(-math.inf).scatter_(1, token, 0.0)
 
 
 def stop_token_ids(tokenizer, generation_config, extra: str = "") -> list[int]:
@@ -484,21 +491,17 @@ def generate_groups(model, prompts, n, limits, temperature, stop_ids):
     model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache,
           use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(n)
-    # top_k 0 and top_p 1 are "off", unset is not; penalties and min_new_tokens would shift log-probs
-    sampling = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
-    settings = GenerationConfig(do_sample=temperature > 0, **sampling, num_beams=1, repetition_penalty=1.0,
-                                max_new_tokens=max(limits), eos_token_id=stop_ids, pad_token_id=stop_ids[0],
-                                use_cache=True)
-    recorder = LogprobRecorder(temperature or 1.0)
+    sampler = Sampler(temperature)  # draws, so generate's part is greedy; penalties would shift log-probs
+    settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
+                                max_new_tokens=max(limits), eos_token_id=stop_ids, pad_token_id=stop_ids[0])
     ends = width + torch.tensor(limits, device=device).repeat_interleave(n)  # [B * n]: each row has its limit
     limit_reached = StoppingCriteriaList([lambda ids, scores: ids.shape[1] >= ends])
     out = model.generate(  # synced_gpus: ranks sample on their own, with whole weights (section 8)
         ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
-        generation_config=settings, logits_processor=[recorder], stopping_criteria=limit_reached,
+        generation_config=settings, logits_processor=[sampler], stopping_criteria=limit_reached,
         synced_gpus=False)[:, width:]  # [B * n, T]
-    recorder.take(out[:, -1:])
     completions = []
-    for i, (tokens, logprobs) in enumerate(zip(out.tolist(), torch.cat(recorder.logprobs, 1).cpu())):
+    for i, (tokens, logprobs) in enumerate(zip(out.tolist(), torch.cat(sampler.logprobs, 1).cpu())):
         tokens = tokens[: limits[i // n]]
         # the end is the place of the first stop token, never an id count: padding may have the same id
         end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), None)
@@ -807,7 +810,7 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
 
 
 def head_logprobs(head, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    logits = head(hidden).float() / temperature  # [chunk, V]
+    logits = head(hidden).float().div_(temperature)  # [chunk, V]; in place, for it is large
     return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")  # both ways one fused kernel
 
 
@@ -1155,6 +1158,11 @@ ALARMS = [
 
 
 # ================================================================================ 8 Ranks and checkpoints
+KEPT = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default]
 LONGEST_WAIT = timedelta(minutes=30)  # of a rank for the others, before it gives up: a rollout, a slow disk
 
 
@@ -1259,8 +1267,10 @@ class Ranks:
             fully_shard(model, **self.fsdp, reshard_after_forward=not trainable)
             register_fsdp_forward_method(model, "token_logprobs")
         read_weights(model.to_empty(device=self.device), name, self)
-        if trainable and config.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+        if trainable:
+            kept = {} if config.gradient_checkpointing else {
+                "context_fn": functools.partial(create_selective_checkpoint_contexts, KEPT)}
+            model.activation_checkpointing_enable({"use_reentrant": False, **kept})
             model.train()
         check_architecture(model)
         if self.fsdp:
