@@ -428,7 +428,7 @@ class Sampler:
     def __call__(self, input_ids, scores):
         logprobs = (scores / (self.temperature or 1.0)).log_softmax(-1)  # [B, V]
         if self.temperature:
-            sums = logprobs.double().exp().cumsum(-1)  # in float32 rare tokens would vanish in the sum
+            sums = logprobs.exp().cumsum(-1, dtype=torch.float64)  # in float32 rare tokens would vanish
             drawn = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device) * sums[:, -1:]
             token = torch.searchsorted(sums, drawn, right=True)  # [B, 1]
         else:
@@ -448,6 +448,23 @@ def stop_token_ids(tokenizer, generation_config, extra: str = "") -> list[int]:
     if not ids:
         raise BadInput("the model folder names no stop token (eos_token_id): give one with --stop_tokens")
     return sorted(ids)
+
+
+@contextmanager
+def blocked_weights(model, rows: int):
+    """On a CPU: oneDNN's copy of every weight matrix, laid out for products with about `rows` rows. A token of
+    few completions costs one pass over all weights, which is twice as fast in blocks."""
+    linears = [module for module in model.modules() if type(module) is torch.nn.Linear
+               and module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()]
+    for module in linears:
+        blocks = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
+        module.forward = functools.partial(
+            torch.ops.mkldnn._linear_pointwise, W=blocks, B=module.bias, attr="none", scalars=[], algorithm="")
+    try:
+        yield
+    finally:
+        for module in linears:
+            del module.forward
 
 
 @torch.no_grad()
@@ -496,7 +513,7 @@ def generate_groups(model, prompts, n, limits, temperature, stop_ids):
                                 max_new_tokens=max(limits), eos_token_id=stop_ids, pad_token_id=stop_ids[0])
     ends = width + torch.tensor(limits, device=device).repeat_interleave(n)  # [B * n]: each row has its limit
     limit_reached = StoppingCriteriaList([lambda ids, scores: ids.shape[1] >= ends])
-    out = model.generate(  # synced_gpus: ranks sample on their own, with whole weights (section 8)
+    with blocked_weights(model, len(prompts) * n): out = model.generate(  # synced_gpus: ranks sample on their own, with whole weights (section 8)
         ids.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
         generation_config=settings, logits_processor=[sampler], stopping_criteria=limit_reached,
         synced_gpus=False)[:, width:]  # [B * n, T]
