@@ -1054,7 +1054,8 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
     mine = list(enumerate(rows))[ranks.rank :: ranks.world]
     torch.manual_seed(random.Random(f"{config.seed}/held out/{ranks.rank}").getrandbits(63))
     players = [KINDS[row["kind"]].group(row, policy.tokenizer, random.Random(f"eval/{i}"), config)
-               for i, row in mine if row["kind"] != "preference"]
+               for i, row in mine if row["kind"] != "preference"
+               and (row["kind"] != "open" or math.isfinite(true_quality(row, "")))]  # else nothing to measure
     for i, row in mine:
         if row["kind"] == "preference":
             everyone = range(len(row["scores"]))
