@@ -205,6 +205,22 @@ def test_hidden_sampling_defaults():
     assert model.generation_config is kept and kept.top_k == 1
 
 
+def test_draws_follow_the_policy():
+    """The sampler draws for generate: a draw that is off by one, from the wrong temperature, or that can take what has no mass."""
+    torch.manual_seed(0)
+    scores = torch.randn(1, 50) * 2
+    scores[0, [0, 7, 49]] = -math.inf
+    for temperature in (0.5, 1.0, 2.0):
+        sampler, rows = urpo.Sampler(temperature), scores.repeat(200_000, 1)
+        token = sampler(None, rows).argmax(-1)
+        p = (scores[0].double() / temperature).softmax(-1)
+        off = (torch.bincount(token, minlength=50) / 200_000 - p) / (p * (1 - p) / 200_000).sqrt().clamp(min=1e-12)
+        assert off.abs().max() < 4 and not {0, 7, 49} & set(token.tolist())  # standard errors
+        assert torch.allclose(sampler.logprobs[0][:, 0], p.log()[token].float(), atol=1e-5)
+    greedy = urpo.Sampler(0)
+    assert greedy(None, scores).isfinite().sum() == 1 and greedy(None, scores).argmax() == scores.argmax()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_and_generation_config_restored(training):
     """Row 19: dropout during sampling, or the model left in another mode (also when sampling fails)."""
@@ -215,9 +231,11 @@ def test_mode_and_generation_config_restored(training):
     with torch.no_grad():  # old and reference passes
         first, again = (completion_logprobs(model, prompts[0], [[5, 6, 7]])[0] for _ in range(2))
     assert torch.equal(first, again) and model.training is training
-    with pytest.raises(IndexError):
-        urpo.sample(model, [[1000, 1000]], 1, [6], 0, [3])
-    assert model.training is training and model.generation_config is kept
+    for broken in ([[1000, 5]], [[5, 1000]]):  # in the prompt's forward, in generate
+        with pytest.raises(IndexError):
+            urpo.sample(model, broken, 1, [6], 0, [3])
+        assert model.training is training and model.generation_config is kept
+        assert not any("forward" in vars(module) for module in model.modules())  # no copies of weights stay in use
 
 
 def test_no_dropout_in_training_mode(tmp_path, settings):
@@ -307,6 +325,36 @@ def test_packed_equals_plain(arch, tied, microbatch_tokens):
     plain_gradient = gradient(sum((lp * w).sum() for lp, w in zip(plain, weights)))
     for a, b in zip(packed_gradient, plain_gradient):
         assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products, and the bytes that urpo.KEPT keeps."""
+    count = kept = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        if op in urpo.KEPT:
+            self.count += op in urpo.KEPT[:2]
+            self.kept += sum(x.nbytes for x in (out if isinstance(out, tuple) else [out]) if isinstance(x, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize("whole_layers", [True, False])
+def test_what_is_computed_again(settings, folder, whole_layers):
+    """Layers recomputed in backward although nobody asked (a third more work), not at all, or to other gradients."""
+    config = settings(gradient_checkpointing=whole_layers)
+    model, plain = urpo.Ranks(config).load(folder, config, True), AutoModelForCausalLM.from_pretrained(folder)
+    rows = [urpo.Row(prompts_of(9)[0], prompts_of(5, 3), [0, 1]), urpo.Row(prompts_of(4)[0], prompts_of(7), [2])]
+    with Products() as forward:
+        total = sum(lp.sum() for lp in urpo.row_logprobs(model, rows, 1.0))
+    with Products() as backward:
+        total.backward()
+    sum(lp.sum() for lp in urpo.row_logprobs(plain, rows, 1.0)).backward()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm()
+    # the lm_head is always computed again; of a layer's seven products its own backward needs no last one
+    layers = forward.count - 1
+    assert backward.count == 2 * forward.count + 1 + (layers * 6 // 7 if whole_layers else 0)
 
 
 def test_padding_ids_change_nothing():
@@ -2229,6 +2277,8 @@ def bytes_per_gpu(c, ranks, cache_tokens, batch_tokens):
             "reference, bfloat16 shard": 2 * n / ranks, "whole bfloat16 weights while sampling": 2 * n,
             "KV cache": cache_tokens * c.num_hidden_layers * 2 * kv * 2,
             "inputs of all layers": batch_tokens * c.num_hidden_layers * c.hidden_size * 2,
+            "products of all layers": batch_tokens * c.num_hidden_layers * (
+                10 * c.hidden_size + 4 * kv + 4 * c.intermediate_size + 4 * c.num_attention_heads),
             "one layer, computed again": batch_tokens * (20 * c.hidden_size + 4 * kv + 8 * c.intermediate_size + 24),
             "a chunk of float32 logits": urpo.HEAD_CHUNK * c.vocab_size * 4}
 
@@ -2285,6 +2335,9 @@ def job_bytes(flags):
     x = torch.randn(1, 128, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     rope = plain.model.rotary_emb(x, torch.arange(128)[None])
     got["one layer, computed again"] = saved_bytes(plain, lambda: plain.model.layers[0](x, position_embeddings=rope))
+    with Products() as products:
+        plain.model.layers[0](x, position_embeddings=rope)
+    got["products of all layers"] = (products.kept + x.nbytes) * model.config.num_hidden_layers
     hidden = torch.randn(urpo.HEAD_CHUNK, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(urpo.HEAD_CHUNK).long()
     got["a chunk of float32 logits"] = saved_bytes(plain, lambda: urpo.head_logprobs(plain.lm_head, hidden, targets, 1.0))
