@@ -386,7 +386,8 @@ def test_softmax_in_float32_and_chunks(monkeypatch):
         logprobs.sum().backward()
         results.append((logprobs.detach(), [p.grad.clone() for p in model.parameters()]))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
-    assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(results[0][1], results[1][1]))
+    # float32 sums in another order: 1.1e-6 with AVX-512
+    assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(results[0][1], results[1][1]))
 
 
 @pytest.mark.parametrize("arch,settings,message", [

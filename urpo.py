@@ -65,7 +65,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tqdm.auto import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig, HfArgumentParser, StoppingCriteriaList)
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
@@ -358,23 +358,25 @@ def shuffled(n: int, key: str) -> list[int]:
 class SharedPromptLayer(DynamicLayer):
     """A cache layer that holds the prompt of a group once, and behind it the n completions' own tokens.
 
-    Prompts fill it as they fill any DynamicLayer; `batch_repeat_interleave(n)` does not copy them n times but
-    lays them aside. What follows is written in place: DynamicLayer would copy the cache for every token."""
+    `parts`: ordinary cache layers [b, kv heads, p, head dim] of the prompts, put together on the right of P
+    places. What follows is written in place: DynamicLayer would copy the cache for every token."""
 
     SPARE = 64  # tokens of room at first; it doubles when it is full
-    prompt = None  # keys and values [B, kv heads, P, head dim]; self.keys, self.values are then [B * n, ...]
 
-    def batch_repeat_interleave(self, repeats):
-        self.prompt, self.length = (self.keys, self.values), 0
-        batch, heads, _, size = self.keys.shape
-        self.room = [kv.new_empty(batch * repeats, heads, self.SPARE, size) for kv in self.prompt]
+    def __init__(self, parts, places: int, n: int):
+        super().__init__()
+        kvs = [[part.keys for part in parts], [part.values for part in parts]]
+        on_the_right = [[torch.nn.functional.pad(kv, (0, 0, places - kv.shape[-2], 0)) for kv in of_parts]
+                        for of_parts in kvs]
+        self.prompt = [torch.cat(of_parts) for of_parts in on_the_right]  # [B, kv heads, P, head dim]
+        batch, heads, _, size = self.prompt[0].shape
+        self.room = [kv.new_empty(batch * n, heads, self.SPARE, size) for kv in self.prompt]
+        self.length, self.is_initialized = 0, True
 
     def get_seq_length(self):
-        return self.prompt[0].shape[-2] + self.length if self.prompt else super().get_seq_length()
+        return self.prompt[0].shape[-2] + self.length
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if not self.prompt:
-            return super().update(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[-2]
         if self.length > self.room[0].shape[-2]:
             self.room = [torch.cat([kv, torch.empty_like(kv)], -2) for kv in self.room]
@@ -497,18 +499,29 @@ def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperatu
     return [results[i] for i in range(len(prompts))]
 
 
+SIMILAR = 0.8  # of the longest prompt's length: below, a prompt runs in another forward
+
+
 def generate_groups(model, prompts, n, limits, temperature, stop_ids):
-    """One batch of `sample`: every prompt runs once, `generate` goes on from its cache n times."""
+    """A batch of `sample`, longest first: each prompt runs once, `generate` goes on n times from its cache."""
     width, device = max(2, *map(len, prompts)), model.get_input_embeddings().weight.device
     # left padding; the mask says what is padding, so its id is free
     ids = torch.tensor([[stop_ids[0]] * (width - len(p)) + p for p in prompts], device=device)  # [B, P]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = Cache(layer_class_to_replicate=SharedPromptLayer)
-    # all but the last prompt token (generate wants one); through forward(), so that FSDP sees a root forward
-    model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache,
-          use_cache=True, logits_to_keep=1)
-    cache.batch_repeat_interleave(n)
+    starts = [0]  # prompts of similar length run together: padding costs what tokens cost
+    for i, prompt in enumerate(prompts):  # the longest comes first
+        if len(prompt) < SIMILAR * len(prompts[starts[-1]]):
+            starts.append(i)
+    parts = []
+    for first, end in zip(starts, [*starts[1:], len(prompts)]):
+        # all but the last prompt token (generate wants one); through forward(): FSDP sees a root forward
+        part = slice(first, end), slice(width - max(2, len(prompts[first])), -1)
+        parts.append(DynamicCache())
+        model(ids[part], attention_mask=mask[part], position_ids=positions[part], past_key_values=parts[-1],
+              use_cache=True, logits_to_keep=1)
+    parts = zip(*(part.layers for part in parts))
+    cache = Cache(layers=[SharedPromptLayer(of_layer, width - 1, n) for of_layer in parts])
     sampler = Sampler(temperature)  # draws, so generate's part is greedy; penalties would shift log-probs
     settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
                                 max_new_tokens=max(limits), eos_token_id=stop_ids, pad_token_id=stop_ids[0])
@@ -1365,7 +1378,7 @@ def check_architecture(model):
     with torch.no_grad():
         packed = completion_logprobs(model, prompt, completions)
         for completion, got in zip(completions, packed):
-            logits = model(torch.tensor([prompt + completion], device=got.device)).logits[0]
+            logits = model(torch.tensor([prompt + completion], device=got.device), use_cache=False).logits[0]
             places, dtype = range(len(prompt) - 1, len(prompt) + len(completion) - 1), logits.dtype
             gap = (logits.float().log_softmax(-1)[places, completion] - got).abs().max().item()
             if gap > (1e-3 if dtype == torch.float32 else 0.25):  # nats; bfloat16 rounds logits
