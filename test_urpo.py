@@ -897,12 +897,14 @@ def test_judge_metrics(settings):
     (lambda shown: [7.0] * len(shown), 0.0, 0.0, 1.0),
     (lambda shown: [float(10 - i) for i in range(len(shown))], 0.5, 0.0, 1.0), (lambda shown: None, 0.0, 0.0, 0.0)])
 def test_evaluation_of_the_judge(settings, folder, monkeypatch, judge, accuracy, tau, parsed):
-    """Hazard: one order only, ties or unparsable judgements counted as half right."""
+    """Hazard: one order only, ties or unparsable judgements counted as half right; answers sampled that nothing can measure."""
     def fake(*args):
         answer = lambda questions: [judge(shown) for _, shown in questions]
         answer.tokens = 0
         return answer
     monkeypatch.setattr(urpo, "make_judge", fake)
+    asked, real = [], urpo.rollout
+    monkeypatch.setattr(urpo, "rollout", lambda policy, groups, *rest: (asked.extend(groups), real(policy, groups, *rest)))
     config = settings()
     ranks = urpo.Ranks(config)
     rows = [row | {"prompt": urpo.chat(row["prompt"])} for row in ROWS[:9]]
@@ -911,6 +913,7 @@ def test_evaluation_of_the_judge(settings, folder, monkeypatch, judge, accuracy,
         expected = {"referee_accuracy": accuracy, "referee_tau": tau, "parse_rate": parsed}
         assert {name: metrics[f"eval/{name}{suffix}"] for name in expected} == pytest.approx(expected)
         assert 0 <= metrics[f"eval/verifiable_accuracy{suffix}"] <= 1
+    assert {group.row["kind"] for group in asked} == {"verifiable"}  # nobody knows the quality of these open answers
 
 
 @pytest.mark.parametrize("text,answer,reward", [
