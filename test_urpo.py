@@ -1029,16 +1029,20 @@ def test_a_new_kind_is_one_function_and_one_line(settings, tmp_path, monkeypatch
 
 def test_forms():
     """Hazard: a warm-up that teaches the truth, or a form that its own parser refuses."""
-    answer = lambda text, cut=False: urpo.Group({}, [], texts=[text], truncated=[cut])
-    assert urpo.boxed_form(answer("He has 9 + 6 = 15 books.")) == "He has 9 + 6 = 15 books.\n\\boxed{15}"  # right or wrong
-    assert urpo.boxed_form(answer("no number")) == urpo.boxed_form(answer("9 + 6 = 15", cut=True)) == ""
-    firsts = set()
+    assert urpo.boxed_form("He has 9 + 6 = 15 books.", False) == "He has 9 + 6 = 15 books.\n\\boxed{15}"  # right or wrong
+    assert urpo.boxed_form("It is 15.\n\nIn 1900, a", True) == "It is 15.\n\\boxed{15}"
+    assert urpo.boxed_form("no number", False) == urpo.boxed_form("9 + 6 = 15", True) == ""
+    firsts, bests = set(), set()
     for seed in range(100):
-        text = urpo.judged_form(3, random.Random(seed))
+        text = urpo.judged_form(["x", "y", "z"], "15", random.Random(seed))
         scores, said = parse_scores(text, 3), re.search("worst: (.*)\\.", text)[1].split(", ")
         assert said == sorted("ABC", key=lambda label: -scores["ABC".index(label)]) and len(set(scores)) == 3
         firsts.add(said[0])
-    assert firsts == set("ABC")
+        text = urpo.judged_form(["so \\boxed{15}", "4 + 5 = 9"], "15", random.Random(seed))
+        assert text.startswith("I get 15. A says 15. B says 9.\n<scores>")
+        bests.add(max("AB", key=lambda label: parse_scores(text, 2)["AB".index(label)]))
+    assert firsts == set("ABC") and bests == set("AB")  # scores know nothing of the numbers
+    assert parse_scores(urpo.judged_form(["x"] * 12, "", random.Random(0)), 12)
 
 
 def test_warm_up(settings, folder, monkeypatch):
@@ -1046,7 +1050,7 @@ def test_warm_up(settings, folder, monkeypatch):
     loaded, load = [], urpo.Ranks.load
     monkeypatch.setattr(urpo.Ranks, "load", lambda self, name, *rest, **more:
         loaded.append(str(name)) or load(self, name, *rest, **more))
-    monkeypatch.setattr(urpo, "boxed_form", lambda group: "w1 w2")
+    monkeypatch.setattr(urpo, "boxed_form", lambda *_: "w1 w2")
     final = urpo.train(settings(steps=1, warmup_steps=3, warmup_learning_rate=1e-2, kl_coef=0.1))
     warmed = str(final.parent / "warmed_up")
     assert loaded == [folder, warmed, warmed]

@@ -169,6 +169,7 @@ class Group:
     row: dict
     prompt_ids: list[int]  # [P], ends where a completion begins
     truth: object = None  # the answer, or scores in the order shown, or None
+    shown: list[str] = field(default_factory=list)  # a judge prompt's responses, in that order
     completions: list[list[int]] = field(default_factory=list)  # G lists of ids, a stop token included
     texts: list[str] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)  # ran into the length limit
@@ -331,7 +332,7 @@ def preference_group(row, tokenizer, rng, config) -> Group:
         order = rng.sample(everyone, len(order))
     shown = [row["responses"][i] for i in order]
     ids = judge_prompt(tokenizer, row["prompt"], shown, rng, config.judge_prompt_tokens)
-    return Group(row, ids, [row["scores"][i] for i in order])
+    return Group(row, ids, [row["scores"][i] for i in order], shown)
 
 
 def open_group(row, tokenizer, rng, config) -> Group:
@@ -1012,19 +1013,21 @@ def phase(seconds: dict[str, float], name: str, ranks: "Ranks"):
 def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], config: Config, ranks: "Ranks"):
     """Supervised steps on the *form* alone, for a weak model that never finds it (our choice; off for 7B).
 
-    Verifiable: the policy's own greedy answer to the bare problem, its last number put into a box. Judge
-    prompts: a sentence with a random order, and a block of scores in that order. No truth is taught."""
+    The policy answers every bare prompt greedily. Verifiable: its first paragraph, the last number of it in a
+    box. Judge prompts: that number, the number that each response ends with, and a block of random scores; or,
+    without numbers, an order and scores that follow it. No truth is taught."""
     for step in tqdm(range(config.warmup_steps), desc="warm-up", disable=not ranks.main):
         rng = random.Random(f"{config.seed}/warm-up/{step}/{ranks.rank}")
         kinds = [kind for kind, count in WARMUP_PROMPTS.items() if rows_by_kind.get(kind)
                  for _ in range(-(-count // ranks.world))]
         groups = [KINDS[kind].group(rng.choice(rows_by_kind[kind]), policy.tokenizer, rng, config)
                   for kind in kinds]
-        bare = {id(group): Group(group.row, encode(policy.tokenizer, group.row["prompt"]))
-                for kind, group in zip(kinds, groups) if kind == "verifiable"}
+        bare = [Group(group.row, encode(policy.tokenizer, group.row["prompt"])) for group in groups]
         with ranks.unsharded(policy.model):
-            rollout(policy, list(bare.values()), 1, 0.0, config)
-        texts = [boxed_form(bare[id(g)]) if id(g) in bare else judged_form(len(g.truth), rng) for g in groups]
+            rollout(policy, bare, 1, 0.0, config)
+        boxed = [boxed_form(answer.texts[0], answer.truncated[0]) for answer in bare]
+        texts = [judged_form(group.shown, final_answer(text), rng) if group.shown else text
+                 for group, text in zip(groups, boxed)]
         ids = [policy.tokenizer(text, add_special_tokens=False).input_ids + policy.stop_ids[-1:]
                for text in texts]
         pairs = [(g.prompt_ids, [target]) for g, text, target in zip(groups, texts, ids) if text]
@@ -1039,17 +1042,21 @@ def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], confi
         optimizer.zero_grad(set_to_none=True)
 
 
-def boxed_form(answer: Group) -> str:
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer.texts[0])
-    usable = numbers and not answer.truncated[0]
-    return f"{answer.texts[0].rstrip()}\n\\boxed{{{numbers[-1]}}}" if usable else ""
+def boxed_form(answer: str, truncated: bool) -> str:
+    said, more, _ = answer.strip().partition("\n\n")
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", said)
+    return f"{said.rstrip()}\n\\boxed{{{numbers[-1]}}}" if numbers and (more or not truncated) else ""
 
 
-def judged_form(n: int, rng: random.Random) -> str:
-    order, scores = rng.sample(LABELS[:n], n), sorted(rng.sample(range(1, 11), min(n, 10)), reverse=True)
-    given = dict(zip(order, scores + [1] * n))
-    block = "\n".join(f"{label}: {given[label]}" for label in LABELS[:n])
-    return f"From best to worst: {', '.join(order)}.\n<scores>\n{block}\n</scores>"
+def judged_form(shown: list[str], own: str, rng: random.Random) -> str:
+    labels, claims = LABELS[: len(shown)], list(map(final_answer, shown))
+    order, scores = rng.sample(labels, len(labels)), rng.sample(range(1, 11), min(len(labels), 10))
+    given = dict(zip(order, sorted(scores, reverse=True) + [1] * len(labels)))
+    critique = f"From best to worst: {', '.join(order)}."
+    if own and all(claims):  # it says what can be compared; whether that decides, RL has to find out
+        critique = " ".join([f"I get {own}.", *(f"{a} says {claim}." for a, claim in zip(labels, claims))])
+    block = "\n".join(f"{label}: {given[label]}" for label in labels)
+    return f"{critique}\n<scores>\n{block}\n</scores>"
 
 
 # ================================================================================ 7 Held-out, metrics, alarms
