@@ -1013,24 +1013,26 @@ def phase(seconds: dict[str, float], name: str, ranks: "Ranks"):
 def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], config: Config, ranks: "Ranks"):
     """Supervised steps on the *form* alone, for a weak model that never finds it (our choice; off for 7B).
 
-    The policy answers every bare prompt greedily. Verifiable: its first paragraph, the last number of it in a
-    box. Judge prompts: that number, the number that each response ends with, and a block of random scores; or,
-    without numbers, an order and scores that follow it. No truth is taught."""
+    The start model answers every bare prompt greedily. Verifiable: its first paragraph, whose last number goes
+    into a box. Judge prompts: that number, the number each response ends with, and a block of random scores (or,
+    without numbers, an order and scores that follow it). No truth is taught."""
+    rng = random.Random(f"{config.seed}/warm-up/{ranks.rank}")
+    kinds = [kind for kind, count in WARMUP_PROMPTS.items() if rows_by_kind.get(kind)
+             for _ in range(-(-count // ranks.world))]
+    groups = [KINDS[kind].group(rng.choice(rows_by_kind[kind]), policy.tokenizer, rng, config)
+              for kind in config.warmup_steps * kinds]
+    # all are answered before any step: a model that learns from what it says while it learns drifts to noise
+    bare = [Group(group.row, encode(policy.tokenizer, group.row["prompt"])) for group in groups]
+    with ranks.unsharded(policy.model):
+        rollout(policy, bare, 1, 0.0, config, "answers for the warm-up" * ranks.main)
+    boxed = [boxed_form(answer.texts[0], answer.truncated[0]) for answer in bare]
+    texts = [judged_form(group.shown, final_answer(text), rng) if group.shown else text
+             for group, text in zip(groups, boxed)]
+    encoded = [policy.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    targets = [(group.prompt_ids, [ids + policy.stop_ids[-1:]]) if ids else None
+               for group, ids in zip(groups, encoded)]
     for step in tqdm(range(config.warmup_steps), desc="warm-up", disable=not ranks.main):
-        rng = random.Random(f"{config.seed}/warm-up/{step}/{ranks.rank}")
-        kinds = [kind for kind, count in WARMUP_PROMPTS.items() if rows_by_kind.get(kind)
-                 for _ in range(-(-count // ranks.world))]
-        groups = [KINDS[kind].group(rng.choice(rows_by_kind[kind]), policy.tokenizer, rng, config)
-                  for kind in kinds]
-        bare = [Group(group.row, encode(policy.tokenizer, group.row["prompt"])) for group in groups]
-        with ranks.unsharded(policy.model):
-            rollout(policy, bare, 1, 0.0, config)
-        boxed = [boxed_form(answer.texts[0], answer.truncated[0]) for answer in bare]
-        texts = [judged_form(group.shown, final_answer(text), rng) if group.shown else text
-                 for group, text in zip(groups, boxed)]
-        ids = [policy.tokenizer(text, add_special_tokens=False).input_ids + policy.stop_ids[-1:]
-               for text in texts]
-        pairs = [(g.prompt_ids, [target]) for g, text, target in zip(groups, texts, ids) if text]
+        pairs = list(filter(None, targets[step * len(kinds) : (step + 1) * len(kinds)]))
         batches = ranks.equal_count(pack(pairs, policy.model.config.hidden_size, config.microbatch_tokens))
         [total] = ranks.sum([len(pairs)])
         for b, batch in enumerate(batches):
