@@ -504,7 +504,7 @@ SIMILAR = 0.8  # of the longest prompt's length: below, a prompt runs in another
 
 
 def generate_groups(model, prompts, n, limits, temperature, stop_ids):
-    """A batch of `sample`, longest first: each prompt runs once, `generate` goes on n times from its cache."""
+    """A batch of `sample`, longest first: a prompt runs once, `generate` goes on n times from its cache."""
     width, device = max(2, *map(len, prompts)), model.get_input_embeddings().weight.device
     # left padding; the mask says what is padding, so its id is free
     ids = torch.tensor([[stop_ids[0]] * (width - len(p)) + p for p in prompts], device=device)  # [B, P]
@@ -1013,9 +1013,9 @@ def phase(seconds: dict[str, float], name: str, ranks: "Ranks"):
 def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], config: Config, ranks: "Ranks"):
     """Supervised steps on the *form* alone, for a weak model that never finds it (our choice; off for 7B).
 
-    The start model answers every bare prompt greedily. Verifiable: its first paragraph, whose last number goes
-    into a box. Judge prompts: that number, the number each response ends with, and a block of random scores (or,
-    without numbers, an order and scores that follow it). No truth is taught."""
+    The start model answers every bare prompt greedily. Verifiable: its first paragraph, the last number in a
+    box. Judge prompts: that number, the number each response ends with, a block of random scores (without
+    numbers: an order, and scores that follow it). No truth is taught."""
     rng = random.Random(f"{config.seed}/warm-up/{ranks.rank}")
     kinds = [kind for kind, count in WARMUP_PROMPTS.items() if rows_by_kind.get(kind)
              for _ in range(-(-count // ranks.world))]
