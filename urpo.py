@@ -424,7 +424,7 @@ class Sampler:
     """The logits processor that draws each token, and keeps its log-prob at temperature T (0: greedy).
 
     It leaves `generate` one candidate, whose own draw would take a random number for every word of the
-    vocabulary: a sixth of a decoding step on a CPU. Here one number is looked up in the cumulative sum."""
+    vocabulary: a tenth of a decoding step on a CPU. Here one number is looked up in the cumulative sum."""
 
     def __init__(self, temperature: float):
         self.temperature, self.logprobs = temperature, []
@@ -503,26 +503,30 @@ def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperatu
 SIMILAR = 0.8  # of the longest prompt's length: below, a prompt runs in another forward
 
 
+def prefill(model, ids: Tensor, mask: Tensor, lengths: list[int], n: int) -> Cache:
+    """All but the last token (generate wants one) of prompts [B, P], longest first, into one cache for n
+    completions each. Prompts of similar length run together: padding costs what tokens cost."""
+    width, positions = ids.shape[1], (mask.cumsum(1) - 1).clamp(min=0)
+    starts, parts = [0], []
+    for i, length in enumerate(lengths):
+        if length < SIMILAR * lengths[starts[-1]]:
+            starts.append(i)
+    for first, end in zip(starts, [*starts[1:], len(lengths)]):
+        part, cache = (slice(first, end), slice(width - max(2, lengths[first]), -1)), DynamicCache()
+        # through forward(), so that FSDP sees a root forward
+        model(ids[part], attention_mask=mask[part], position_ids=positions[part], past_key_values=cache,
+              use_cache=True, logits_to_keep=1)
+        parts.append(cache.layers)
+    return Cache(layers=[SharedPromptLayer(of_layer, width - 1, n) for of_layer in zip(*parts)])
+
+
 def generate_groups(model, prompts, n, limits, temperature, stop_ids):
     """A batch of `sample`, longest first: a prompt runs once, `generate` goes on n times from its cache."""
     width, device = max(2, *map(len, prompts)), model.get_input_embeddings().weight.device
     # left padding; the mask says what is padding, so its id is free
     ids = torch.tensor([[stop_ids[0]] * (width - len(p)) + p for p in prompts], device=device)  # [B, P]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    starts = [0]  # prompts of similar length run together: padding costs what tokens cost
-    for i, prompt in enumerate(prompts):  # the longest comes first
-        if len(prompt) < SIMILAR * len(prompts[starts[-1]]):
-            starts.append(i)
-    parts = []
-    for first, end in zip(starts, [*starts[1:], len(prompts)]):
-        # all but the last prompt token (generate wants one); through forward(): FSDP sees a root forward
-        part = slice(first, end), slice(width - max(2, len(prompts[first])), -1)
-        parts.append(DynamicCache())
-        model(ids[part], attention_mask=mask[part], position_ids=positions[part], past_key_values=parts[-1],
-              use_cache=True, logits_to_keep=1)
-    parts = zip(*(part.layers for part in parts))
-    cache = Cache(layers=[SharedPromptLayer(of_layer, width - 1, n) for of_layer in parts])
+    cache = prefill(model, ids, mask, [*map(len, prompts)], n)
     sampler = Sampler(temperature)  # draws, so generate's part is greedy; penalties would shift log-probs
     settings = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
                                 max_new_tokens=max(limits), eos_token_id=stop_ids, pad_token_id=stop_ids[0])
