@@ -94,7 +94,7 @@ def weighted(scores, weights, note="") -> Score:
 
 # ================================================================================ Asking a model
 CHUNK = 64  # answers between two writes: what a kill costs at most
-NO_EFFECT = {"out_dir", "name", "device", "rollout_tokens"}  # settings that change no number
+NO_EFFECT = {"out_dir", "name", "device", "rollout_tokens"}  # settings that do not define what is measured
 
 
 class Evaluation:

@@ -785,6 +785,15 @@ def test_long_judge_prompts(tokenizer):
         urpo.judge_prompt(tokenizer, "w9 " * 700, responses, rng, 600)
 
 
+def test_a_question_over_the_budget_has_no_verdict(folder, settings, monkeypatch):
+    """Bug: one response whose cut form is still too long for the judge prompt ends the run in the middle of a step."""
+    config = settings(judge_prompt_tokens=600)
+    policy = urpo.load_actor(folder, config, urpo.Ranks(config), trainable=False)
+    monkeypatch.setattr(urpo, "parse_scores", lambda text, n: [5.0] * n)
+    judge = urpo.make_judge(policy, 0.0, config, random.Random(0))
+    assert judge([("w1", ["w2", "w3"]), ("w9 " * 700, ["w2", "w3"]), ("w1", ["w4"])]) == [[5.0, 5.0], None, [5.0]]
+
+
 def test_shuffle_at_use(tokenizer, settings, monkeypatch):
     """Hazard: stored order leaks the truth. Chi-square on 1,000 uses; scores stay with their responses; no two nonces alike."""
     config, counts, nonces, real = settings(list_size=3), [0, 0, 0], [], urpo.judge_messages
@@ -1017,6 +1026,7 @@ def test_sigterm(settings, folder, data, tmp_path):
 def test_a_new_kind_is_one_function_and_one_line(settings, tmp_path, monkeypatch):
     """Bug: a place that lists the kinds by hand, so that README's example of a new one does not run."""
     def copied_rewards(groups, judge, config, rng):
+        assert len(judge([(g.row["prompt"], [g.texts[0], "w5"]) for g in groups])) == len(groups)  # it may ask, too
         return [[float(text.strip() in g.row["prompt"][-1]["content"].split()) for text in g.texts] for g in groups]
 
     monkeypatch.setitem(KINDS, "copied", urpo.Kind(lambda row: None, urpo.open_group, copied_rewards))
@@ -1031,6 +1041,7 @@ def test_forms():
     """Hazard: a warm-up that teaches the truth, or a form that its own parser refuses."""
     assert urpo.boxed_form("He has 9 + 6 = 15 books.", False) == "He has 9 + 6 = 15 books.\n\\boxed{15}"  # right or wrong
     assert urpo.boxed_form("It is 15.\n\nIn 1900, a", True) == "It is 15.\n\\boxed{15}"
+    assert urpo.boxed_form("There are 12, I think", False).endswith("\n\\boxed{12}")
     assert urpo.boxed_form("no number", False) == urpo.boxed_form("9 + 6 = 15", True) == ""
     firsts, bests = set(), set()
     for seed in range(100):
@@ -1040,6 +1051,8 @@ def test_forms():
         firsts.add(said[0])
         text = urpo.judged_form(["so \\boxed{15}", "4 + 5 = 9"], "15", random.Random(seed))
         assert text.startswith("I get 15. A says 15. B says 9.\n<scores>")
+        text = urpo.judged_form(["so 9", "no idea"], "15", random.Random(seed))
+        assert text.startswith("I get 15. A says 9. B says nothing.\n<scores>")
         bests.add(max("AB", key=lambda label: parse_scores(text, 2)["AB".index(label)]))
     assert firsts == set("ABC") and bests == set("AB")  # scores know nothing of the numbers
     assert parse_scores(urpo.judged_form(["x"] * 12, "", random.Random(0)), 12)
@@ -1059,6 +1072,11 @@ def test_warm_up(settings, folder, monkeypatch):
     loaded.clear()
     urpo.train(settings(steps=1, warmup_steps=3, warmup_learning_rate=1e-2, kl_coef=0.1, resume="auto"))
     assert loaded == [warmed, warmed]
+    (final.parent / "metrics.jsonl").unlink()  # as after a start that failed behind its warm-up
+    monkeypatch.setattr(urpo, "boxed_form", lambda *_: "")  # and no answer has a form that can be taught
+    loaded.clear()
+    urpo.train(settings(steps=1, warmup_steps=3, warmup_learning_rate=1e-2, kl_coef=0.1, mix="1:0:0"))
+    assert loaded == [folder, warmed, warmed] and torch.equal(before[name := min(before)], weights_of(warmed)[name])
 
 
 # ================================================================================================ bad input
@@ -1067,7 +1085,6 @@ OPEN, PAIR = {"kind": "open", "prompt": "w1"}, ROWS[1]
 
 @pytest.mark.parametrize("bad,message", [
     ("{not json", "not JSON"), ('{"kind": "open", "prompt": "caf\xe9"}'.encode("latin-1"), "not JSON"), ("[1]", "object"),
-    ("", "not JSON"),
     (OPEN | {"kind": "essay"}, "kind.*essay"), (OPEN | {"kind": ["open"]}, "kind"), ({"prompt": "w1"}, "kind"),
     ({"kind": "open"}, "prompt"), (OPEN | {"prompt": ""}, "prompt"),
     (OPEN | {"prompt": [{"role": "robot", "content": "x"}]}, "role"),
@@ -1079,13 +1096,14 @@ OPEN, PAIR = {"kind": "open", "prompt": "w1"}, ROWS[1]
     (PAIR | {"scores": [1, "2", 3, 4]}, "scores"), (PAIR | {"scores": [1, True, 3, 4]}, "scores"),
     (PAIR | {"scores": [2, 2, 2, 2]}, "scores.*equal"),
     (PAIR | {"scores": [1, 2]}, "scores.*4"), (PAIR | {"responses": ["w1"], "scores": [1]}, "responses"),
-    (PAIR | {"responses": ["a", "", "c", "d"]}, "responses")])
+    (PAIR | {"responses": ["a", "", "c", "d"]}, "responses"), (PAIR | {"responses": ["a", "\ud800", "c", "d"]}, "surrogate"),
+    (OPEN | {"prompt": "\ud800"}, "surrogate"), (ROWS[0] | {"answer": "\udfff"}, "surrogate")])
 def test_bad_rows(tmp_path, bad, message):
     """Issue 2, bad input: a traceback, or a line that does not say where: file, line and field."""
     path = tmp_path / "bad.jsonl"
     bad = bad if isinstance(bad, bytes) else (bad if isinstance(bad, str) else json.dumps(bad)).encode()
-    path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + bad + b"\n" + json.dumps(ROWS[1]).encode() + b"\n")
-    with pytest.raises(BadInput, match=f"bad.jsonl:2: .*{message}"):
+    path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n\n" + bad + b"\n" + json.dumps(ROWS[1]).encode() + b"\n")
+    with pytest.raises(BadInput, match=f"bad.jsonl:3: .*{message}"):  # a blank line is no row
         urpo.load_rows(str(path))
 
 
@@ -1094,12 +1112,16 @@ def test_bad_rows(tmp_path, bad, message):
     (["--model", "m"], "--data"), (["--data", "d"], None),
     (["--group_size", "1"], "group_size"), (["--temperature", "0"], "temperature"), (["--judgements", "0"], "judgements"),
     (["--list_size", "27"], "list_size")])
-def test_bad_flags(arguments, message):
+def test_bad_flags(arguments, message, monkeypatch):
     """Issue 2, bad input: unknown and abbreviated flags, values that cannot work."""
     if message:
         with pytest.raises(BadInput, match=message):
             urpo.parse(["--device", "cpu", *arguments])
     assert urpo.parse(["--device", "cpu"]).preset == "tiny"
+    for world, preset in (("1", "small"), ("8", "7b")):  # by the ranks, not by all the GPUs of the machine
+        monkeypatch.setenv("WORLD_SIZE", world)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert urpo.parse([]).preset == preset and urpo.parse(["--device", "cpu"]).preset == "tiny"
     assert urpo.parse(["--preset", "small", "--warmup_steps", "1"]).warmup_steps == 1  # a flag overrides its preset
 
 
@@ -1112,12 +1134,14 @@ def test_bad_flags(arguments, message):
     ({}, ROWS[:2] + [OPEN | {"prompt": "w1 " * 1200}], ":3: prompt"),
     ({}, [ROWS[0] | {"prompt": "w1 " * 505}] + ROWS[1:3], ":1: prompt"),
     ({}, ROWS[:1] + [PAIR | {"prompt": "w1 " * 1200}] + ROWS[2:3], ":2: prompt"),
-    ({"eval_data": "LONG", "eval_every": 1}, None, "prompt")])
+    ({"eval_data": "LONG", "eval_every": 1}, None, "prompt"),
+    ({"preset": "tiny", "data": "TYPO"}, None, "typo.jsonl: no such")])  # and the tiny rows are not put there
 def test_bad_runs(settings, tmp_path, flags, rows, message):
     """Issue 2, bad input: found out at step 50, or by a traceback; a prompt that is longer than the model's context."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "long.jsonl").write_text(json.dumps(OPEN | {"prompt": "w1 " * 1200}))
-    flags = {k: {"EMPTY": str(tmp_path / "empty"), "LONG": str(tmp_path / "long.jsonl")}.get(v, v) for k, v in flags.items()}
+    files = {"EMPTY": "empty", "LONG": "long.jsonl", "TYPO": "typo.jsonl"}
+    flags = {name: str(tmp_path / files[value]) if value in files else value for name, value in flags.items()}
     if rows is not None:
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         flags["data"] = str(tmp_path / "rows.jsonl")
@@ -1176,12 +1200,13 @@ def test_verify_takes_the_final_answer(completion, verdict):
 
 @pytest.mark.parametrize("inside", [
     "^".join("9" * 40), "(" * 100_000, "(" * 149 + "1" + ")" * 149, "-" * 298 + "1", "1," * 149, "1 " + "a b " * 70,
-    "10^{99999999}", "1e99999999", "1/0", r"\frac", r"\sqrt[", "/" * 200, r"\frac{1}{" * 50, "\ud800\0"])
+    "10^{99999999}", "1e99999999", "1/0", r"\frac", r"\sqrt[", "/" * 200, r"\frac{1}{" * 50, "\ud800\0",
+    r"\frac{%s*10^{99}}{.%s1*10^{-99}}" % ("9" * 130, "0" * 130)])
 def test_verify_hostile(inside):
     """Row 34: 9^9^9^9, deep nesting, 1/0 or garbage hangs or kills the run. Measured: below 0.05 s; the bug takes minutes."""
     start = time.perf_counter()
     for completion in (inside, rf"\boxed{{{inside}}}"):
-        assert urpo.verify_answer(completion, r"\frac{x+1}{2}") == 0.0
+        assert urpo.verify_answer(completion, r"\frac{x+1}{2}") == urpo.verify_answer(completion, "0.5") == 0.0
     assert time.perf_counter() - start < 1
 
 
@@ -1329,14 +1354,14 @@ def test_data_sums_are_right():
         for a, op, b in written.findall(row["prompt"][0]["content"]):
             assert int(row["answer"]) == compute[op](int(a), int(b)) >= 0
     for row in rows[300:]:
-        assert sorted(row["scores"]) == [0.0, 0.3, 0.6, 1.0]
-        _, [problem] = max((score, written.findall(text)) for text, score in zip(row["responses"], row["scores"]))
-        for text, score in zip(row["responses"], row["scores"]):
-            (a, op, b), = written.findall(text)
-            right, numbers = str(compute[op](int(a), int(b))), re.findall(r"\d+", written.sub("", text).replace("Step", ""))
-            work, box = numbers[-2:]
-            grade = 1.0 if work == box == right else 0.6 if work == right else 0.3
-            assert score == (grade if (a, op, b) == problem else 0.0), text
+        replies = dict(zip(row["scores"], row["responses"]))
+        assert sorted(replies) == [0.0, 0.3, 0.6, 1.0] and not re.search(r"\d", replies.pop(0.0))
+        problems = {score: written.findall(text) for score, text in replies.items()}
+        assert problems[1.0] == problems[0.6] != problems[0.3]
+        for score, text in replies.items():
+            [(a, op, b)], claims = problems[score], re.findall(r"\d+", written.sub("", text).replace("Step", ""))
+            [claim] = set(claims[-2:])
+            assert (claim == str(compute[op](int(a), int(b)))) == (score != 0.6), text
 
 def test_data_check_lists_every_bad_row(tmp_path, capsys):
     """Bug: --check stops at the first bad row, or passes a file the trainer refuses."""
@@ -2021,8 +2046,9 @@ def test_damaged_checkpoints(settings, capsys, monkeypatch):
     assert all(f"step-{step}: damaged" in told for step in (2, 3, 4)) and "step-1: damaged" not in told
     for step in range(1, 5):
         (saved / f"step-{step}" / "__0_0.distcp").write_bytes(b"")
-    with pytest.raises(BadInput, match="no checkpoint is sound"):
-        urpo.train(settings(**config, resume="auto"))
+    for _ in range(2):  # put aside by the first start, they still stop the second
+        with pytest.raises(BadInput, match="no checkpoint is sound"):
+            urpo.train(settings(**config, resume="auto"))
 
 
 def test_log_survives_a_kill(settings, tmp_path):

@@ -37,8 +37,8 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -90,7 +90,7 @@ class Config:
     referee: str = setting("self", "judge of open groups: self (URPO) or the folder of a frozen reward model")
     out_dir: str = setting("runs", "folder of all runs")
     name: str = setting("", "folder of this run inside of out_dir; empty: preset and time")
-    resume: str = setting("", "auto: go on from the newest complete checkpoint of the run, or start it")
+    resume: Literal["", "auto"] = setting("", "auto: go on from the run's newest checkpoint, or start it")
     seed: int = setting(0, "everything random is a function of (seed, step, rank)")
     device: str = setting("", "cpu or cuda; empty: cuda where there is one")
     # batch
@@ -142,7 +142,7 @@ class Config:
 HUB_DATA = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl")
 PRESETS = {
     # two cores, two minutes: a small transformer with its own little language (data_prep.py, "tiny world")
-    # 40 steps: by 80 the policy fools its referee (README); kl_coef and judgements make no difference there
+    # 40 steps: by 80 the policy fools its referee (README)
     "tiny": dict(model=str(Path(__file__).resolve().parent / "assets/tiny"), data="data/tiny/train.jsonl",
                  eval_data="data/tiny/heldout.jsonl", steps=40, prompts_per_step=24, learning_rate=4e-4,
                  kl_coef=0.03, max_new_tokens=16, judge_max_new_tokens=64, list_size=3, eval_every=20,
@@ -197,10 +197,10 @@ def row_problem(row) -> str | None:
             return "prompt: every message needs a role: system, user or assistant"
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             return "prompt: every message needs a non-empty string as content"
-        if re.search("[\ud800-\udfff]", message["content"]):
-            return "prompt: half a surrogate pair, which no tokenizer takes"
     if chat(prompt)[-1]["role"] != "user":
         return "prompt: the last message must be the user's"
+    if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        return "text: half a surrogate pair, which no tokenizer takes"
     return KINDS[kind].problem(row)
 
 
@@ -225,9 +225,11 @@ def list_problem(row) -> str | None:
 def load_rows(path: str) -> list[dict]:
     """All rows of a JSONL file, or BadInput at the first bad one: file:line, the field, what was expected."""
     if not Path(path).is_file():
-        raise BadInput(f"{path}: no such data file; python data_prep.py --out {Path(path).parent} makes it")
+        raise BadInput(f"{path}: no such data file (README, Rows; data_prep.py makes them)")
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
@@ -324,12 +326,17 @@ def verifiable_group(row, tokenizer, rng, config) -> Group:
     return Group(row, encode(tokenizer, [*earlier, last]), row["answer"])
 
 
+def draw_list(scores: list[float], size: int, rng: random.Random) -> list[int]:
+    """Which responses of a preference row a judge prompt shows, in which order; not all of them are tied."""
+    order = rng.sample(range(len(scores)), min(len(scores), size))
+    while len({scores[i] for i in order}) == 1:  # a sub-list of a long row that orders nothing
+        order = rng.sample(range(len(scores)), len(order))
+    return order
+
+
 def preference_group(row, tokenizer, rng, config) -> Group:
     """A judge prompt over the row's responses, shuffled at each use: stored order must not leak the truth."""
-    everyone = range(len(row["scores"]))
-    order = rng.sample(everyone, min(len(everyone), config.list_size))
-    while len({row["scores"][i] for i in order}) == 1:  # a sub-list of a long row that orders nothing
-        order = rng.sample(everyone, len(order))
+    order = draw_list(row["scores"], config.list_size, rng)
     shown = [row["responses"][i] for i in order]
     ids = judge_prompt(tokenizer, row["prompt"], shown, rng, config.judge_prompt_tokens)
     return Group(row, ids, [row["scores"][i] for i in order], shown)
@@ -568,6 +575,7 @@ def ranking_reward(scores: Sequence[float] | None, truth: Sequence[float]) -> fl
 
 
 LONGEST = 300  # characters of an answer: bounds the work on a hostile one
+LONGEST_NUMBER = 100  # characters of a number: no fraction of two leaves the range of floats
 # One spelling for each thing, in this order; what is left is compared as a number or else letter by letter.
 SPELLINGS = [
     (r"\\(left|right|displaystyle|quad|[!,;: ])|\\?[$£€]|~|(?<!\d)\s|\s(?!\d)|\^\{?\\circ\}?|\\degree|°", ""),
@@ -599,12 +607,14 @@ def final_answer(text: str) -> str:
         return ""  # never closed
     if "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0]
-    numbers = re.findall(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\\?%)?(?![\w-])", text)
+    numbers = re.findall(r"(?<![\w.])-?\$?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?(?:\\?%)?(?![\w-])", text)
     return numbers[-1] if numbers else ""
 
 
 def number(text: str) -> Fraction | float | None:
-    """Value of 42, -3.5, 3/4, 1\\frac{1}{2}, 2\\sqrt{3}, \\frac{\\pi}{2}, 10^{-5} 50%, or None. No `eval`."""
+    """Value of 42, -3.5, 3/4, 1\\frac{1}{2}, 2\\sqrt{3}, \\frac{\\pi}{2}, 10^{-5}, 50%; else None."""
+    if len(text) > LONGEST_NUMBER:
+        return None
     if re.fullmatch(NUMERAL, text, re.ASCII):
         return Fraction(text)
     if text[:1] in ("+", "-") and text[1:2] not in ("+", "-"):
@@ -678,24 +688,26 @@ def open_rewards(groups: list[Group], judge, config, rng) -> list[list[float]]:
     A response's reward is its mean pairwise win over the lists that parsed, in [-1, 1]: the referee learns
     order, its magnitudes mean little. NaN if no list parsed, and for the whole group if fewer than two have a
     score. An empty response ranks last without being asked about."""
-    questions, points = [], {}  # (group, members); the wins of every response, by group
+    questions, wins = [], {}  # (group, members); of every response a win in [-1, 1] for each list, by group
     for group in groups:
         said = [i for i, text in enumerate(group.texts) if text.strip()]
         questions += [(group, part) for part in sub_lists(said, config.list_size, config.judgements, rng)]
         alone = [1.0] if len(said) == 1 else []  # the only answer beats the empty ones
-        points[id(group)] = [list(alone) if text.strip() else [-1.0] for text in group.texts]
+        wins[id(group)] = [list(alone) if text.strip() else [-1.0] for text in group.texts]
     answers = judge([(g.row["prompt"], [g.texts[i] for i in members]) for g, members in questions])
     for (group, members), scores in zip(questions, answers):
         group.judged.append({"shown": members, "scores": scores})
         for i, mine in zip(members, scores or []):
-            wins = sum((mine > other) - (mine < other) for other in scores) / (len(scores) - 1)
-            points[id(group)][i].append(wins if config.open_reward == "rank" else (mine - 5.5) / 4.5)
-    rewards = [[sum(p) / len(p) if p else math.nan for p in points[id(group)]] for group in groups]
+            rank = sum((mine > other) - (mine < other) for other in scores) / (len(scores) - 1)
+            raw = (mine - 5.5) / 4.5  # 1 to 10 -> -1 to 1
+            wins[id(group)][i].append(rank if config.open_reward == "rank" else raw)
+    rewards = [[sum(w) / len(w) if w else math.nan for w in wins[id(group)]] for group in groups]
     return [r if sum(map(math.isfinite, r)) >= 2 else [math.nan] * len(r) for r in rewards]
 
 
 def sub_lists(members: list[int], size: int, rounds: int, rng: random.Random) -> list[list[int]]:
-    """Random lists of about `size`, never of one: every round shows each member once, each time elsewhere."""
+    """Random lists of about `size`, never of one. Every round shows each member once, mostly elsewhere: of
+    second places 1 % are the first again with lists of four, a fifth with lists of two."""
     lists, seen = [], set()
     count = min(-(-len(members) // size), len(members) // 2)
     for _ in range(rounds if count else 0):
@@ -908,16 +920,21 @@ def rollout(policy: Actor, groups: list[Group], n: int, temperature: float, conf
 
 
 def make_judge(referee: Actor, temperature: float, config: Config, rng: random.Random, progress=""):
-    """-> judge([(prompt messages, responses in the order to show), ...]) -> scores, or None, for each."""
+    """-> judge([(prompt messages, responses in the order to show), ...]) -> scores, or None, for each.
+    None: the judgement does not parse, or even with cut responses its prompt is over the budget."""
 
     def judge(questions):
-        prompts = [judge_prompt(referee.tokenizer, messages, responses, rng, config.judge_prompt_tokens)
-                   for messages, responses in questions]
-        samples = sample(referee.model, prompts, 1, [config.judge_max_new_tokens] * len(prompts), temperature,
-                         referee.stop_ids, config.rollout_tokens, progress)
-        answers = [ids for [(ids, _, _)] in samples]
-        judge.tokens += sum(map(len, answers))
-        return [parse_scores(referee.text(ids), len(shown)) for ids, (_, shown) in zip(answers, questions)]
+        asked, verdicts = {}, [None] * len(questions)  # prompt ids by place
+        for place, (messages, responses) in enumerate(questions):
+            with suppress(ValueError):  # rare: check_length has seen every instruction, not these responses
+                asked[place] = judge_prompt(referee.tokenizer, messages, responses, rng,
+                                            config.judge_prompt_tokens)
+        samples = sample(referee.model, list(asked.values()), 1, [config.judge_max_new_tokens] * len(asked),
+                         temperature, referee.stop_ids, config.rollout_tokens, progress)
+        for place, [(ids, _, _)] in zip(asked, samples):
+            judge.tokens += len(ids)
+            verdicts[place] = parse_scores(referee.text(ids), len(questions[place][1]))
+        return verdicts
 
     judge.tokens = 0
     return judge
@@ -961,14 +978,15 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
 
     # 5 Log-probs. Without a KL term advantage 0 means gradient 0: such completions count, but cost nothing
     trained = counted & ((advantages != 0) | (config.kl_coef > 0))
-    chosen = [(g, i) for g, i in trained.nonzero().tolist()]
+    place_of = list(map(tuple, trained.nonzero().tolist()))  # owner in `pack` -> (group, completion)
     parts = [(group.prompt_ids, [ids for ids, keep in zip(group.completions, kept) if keep])
              for group, kept in zip(groups, trained.tolist()) if any(kept)]
     batches = ranks.equal_count(pack(parts, policy.model.config.hidden_size, config.microbatch_tokens))
-    score = functools.partial(row_logprobs, temperature=config.temperature)
+    logprobs_of = functools.partial(row_logprobs, temperature=config.temperature)
     with phase(seconds, "logprob_s", ranks), torch.no_grad():
-        refs = [pad(score(reference, b)) if reference else None for b in batches]
-        olds = [pad(score(policy.model, b)) if config.updates_per_rollout > 1 else None for b in batches]
+        refs = [pad(logprobs_of(reference, b)) if reference else None for b in batches]
+        off_policy = config.updates_per_rollout > 1
+        olds = [pad(logprobs_of(policy.model, b)) if off_policy else None for b in batches]
 
     # 6 Update
     sums = dict.fromkeys(("loss", "grad_norm", "tokens", "clipped", "kl", "entropy", "logprob_gap"), 0.0)
@@ -976,10 +994,11 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
     with phase(seconds, "update_s", ranks):
         for update in range(config.updates_per_rollout if batches else 0):
             for b, (batch, ref, old) in enumerate(zip(batches, refs, olds)):
-                owners = [chosen[o] if o >= 0 else None for row in batch for o in row.owners]
-                logprobs = score(policy.model, batch)
+                owners = [place_of[o] if o >= 0 else None for row in batch for o in row.owners]
+                logprobs = logprobs_of(policy.model, batch)
                 mask = pad([torch.full_like(lp, owner is not None) for lp, owner in zip(logprobs, owners)])
-                advantage = torch.tensor([advantages[o] if o else 0.0 for o in owners], device=mask.device)
+                advantage = torch.tensor([advantages[place] if place else 0.0 for place in owners],
+                                         device=mask.device)
                 logprobs = pad(logprobs)
                 # on-policy, the old log-probs are these very ones: the ratio is 1, its gradient is not 0
                 old = logprobs.detach() if old is None else old
@@ -988,7 +1007,8 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
                                           aggregate=config.aggregate, denominator=denominator)
                 ranks.backward(policy.model, loss, last=b == len(batches) - 1)
                 if update == 0:
-                    sampled = [groups[o[0]].sampled_logprobs[o[1]] if o else torch.zeros(1) for o in owners]
+                    sampled = [groups[place[0]].sampled_logprobs[place[1]] if place else torch.zeros(1)
+                               for place in owners]
                     gap = (logprobs.detach().cpu() - pad(sampled)).abs() * mask.cpu()
                     sums["logprob_gap"] += gap.sum().item()
                     sums["trained_tokens"] += int(mask.sum())
@@ -1030,8 +1050,8 @@ def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], confi
     with ranks.unsharded(policy.model):
         rollout(policy, bare, 1, 0.0, config, "answers for the warm-up" * ranks.main)
     boxed = [boxed_form(answer.texts[0], answer.truncated[0]) for answer in bare]
-    texts = [judged_form(group.shown, final_answer(text), rng) if group.shown else text
-             for group, text in zip(groups, boxed)]
+    texts = [judged_form(group.shown, final_answer(text or answer.texts[0]), rng) if group.shown else text
+             for group, answer, text in zip(groups, bare, boxed)]
     encoded = [policy.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     targets = [(group.prompt_ids, [ids + policy.stop_ids[-1:]]) if ids else None
                for group, ids in zip(groups, encoded)]
@@ -1043,15 +1063,16 @@ def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], confi
             weights = [float(owner >= 0) for row in batch for owner in row.owners]
             losses = [-lp.mean() * w for lp, w in zip(row_logprobs(policy.model, batch, 1.0), weights)]
             ranks.backward(policy.model, sum(losses) / max(1, total), last=b == len(batches) - 1)
-        ranks.clip_grad_norm(policy.model, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if batches:  # none if no answer of this step had a number to box
+            ranks.clip_grad_norm(policy.model, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
 def boxed_form(answer: str, truncated: bool) -> str:
     said, more, _ = answer.strip().partition("\n\n")
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", said)
-    return f"{said.rstrip()}\n\\boxed{{{numbers[-1]}}}" if numbers and (more or not truncated) else ""
+    claim = final_answer(said)
+    return f"{said.rstrip()}\n\\boxed{{{claim}}}" if claim and (more or not truncated) else ""
 
 
 def judged_form(shown: list[str], own: str, rng: random.Random) -> str:
@@ -1059,8 +1080,9 @@ def judged_form(shown: list[str], own: str, rng: random.Random) -> str:
     order, scores = rng.sample(labels, len(labels)), rng.sample(range(1, 11), min(len(labels), 10))
     given = dict(zip(order, sorted(scores, reverse=True) + [1] * len(labels)))
     critique = f"From best to worst: {', '.join(order)}."
-    if own and all(claims):  # it says what can be compared; whether that decides, RL has to find out
-        critique = " ".join([f"I get {own}.", *(f"{a} says {claim}." for a, claim in zip(labels, claims))])
+    if own and any(claims):  # it says what can be compared; whether that decides, RL has to find out
+        says = (f"{label} says {claim or 'nothing'}." for label, claim in zip(labels, claims))
+        critique = " ".join([f"I get {own}.", *says])
     block = "\n".join(f"{label}: {given[label]}" for label in labels)
     return f"{critique}\n<scores>\n{block}\n</scores>"
 
@@ -1086,8 +1108,7 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
                and (row["kind"] != "open" or math.isfinite(true_quality(row, "")))]  # else nothing to measure
     for i, row in mine:
         if row["kind"] == "preference":
-            everyone = range(len(row["scores"]))
-            order = random.Random(f"eval/{i}").sample(everyone, min(len(everyone), config.list_size))
+            order = draw_list(row["scores"], config.list_size, random.Random(f"eval/{i}"))
             for shown in (order, order[::-1]):
                 questions.append((row["prompt"], [row["responses"][k] for k in shown]))
                 truths.append([row["scores"][k] for k in shown])
@@ -1096,14 +1117,13 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
             rollout(policy, players, 1, temperature, config, "held-out answers" * ranks.main)
             rng = random.Random(f"{config.seed}/held out")
             judge = make_judge(policy, temperature, config, rng, "held-out judgements" * ranks.main)
-            verdicts = judge(questions)
-        scored = []  # (name, value)
-        for group in players:
-            if group.row["kind"] == "open":
-                scored.append(("true_quality", true_quality(group.row, group.texts[0])))
-            else:
-                [[reward]] = KINDS[group.row["kind"]].rewards([group], None, config, None)
-                scored.append((f"{group.row['kind']}_accuracy", reward))
+            verdicts, scored = judge(questions), []  # scored: (name, value)
+            for group in players:
+                if group.row["kind"] == "open":
+                    scored.append(("true_quality", true_quality(group.row, group.texts[0])))
+                else:
+                    [[reward]] = KINDS[group.row["kind"]].rewards([group], judge, config, rng)
+                    scored.append((f"{group.row['kind']}_accuracy", reward))
         for scores, truth in zip(verdicts, truths):
             places = range(len(truth))
             scored += [("referee_accuracy", float(scores is not None and scores[i] > scores[j]))
@@ -1165,9 +1185,11 @@ def kind_metrics(records: list[dict]) -> dict[str, float]:
                 f"parse_rate/{kind}": len(parsed) / len(verdicts),
                 f"tie_rate/{kind}": mean(a == b for s in parsed for i, a in enumerate(s) for b in s[:i]),
                 f"distinct_scores/{kind}": mean(len(set(scores)) for scores in parsed),
-                f"raw_score/{kind}": (mean(given) - 1) / 9,  # in [0, 1] as the true quality is
-                f"score_entropy/{kind}": -sum(p * math.log(p) for p in shares),  # nats
-                f"length_correlation/{kind}": correlation(pairs)}
+                f"score_entropy/{kind}": -sum(p * math.log(p) for p in shares)}  # nats
+            if given:
+                metrics[f"raw_score/{kind}"] = (mean(given) - 1) / 9  # in [0, 1] as the true quality is
+            if pairs:
+                metrics[f"length_correlation/{kind}"] = correlation(pairs)
             for slot, label in enumerate(LABELS[: max(map(len, parsed), default=0)]):
                 metrics[f"slot_score/{kind}/{label}"] = mean(s[slot] for s in parsed if len(s) > slot)
         paid = [[pair for pair in zip(g["rewards"], g["quality"]) if all(map(math.isfinite, pair))]
@@ -1215,7 +1237,7 @@ LONGEST_WAIT = timedelta(minutes=30)  # of a rank for the others, before it give
 class Ranks:
     """All that knows about torch.distributed; not part of the algorithm. One process makes the same calls.
     Under torchrun, and on a GPU always, models are sharded (FSDP2); on a GPU they compute in bfloat16.
-    A context manager, for `close` must not talk to ranks that an error has ended."""
+    A context manager, for its end must not talk to ranks that an error has ended."""
 
     def __init__(self, config: Config):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -1301,7 +1323,7 @@ class Ranks:
         except (OSError, ValueError) as error:
             raise BadInput(f"{name}: not a model that can be loaded: {str(error).splitlines()[0]}")
         model.requires_grad_(trainable).eval()
-        for module in model.modules():  # with dropout the ratio of an on-policy step would not be 1
+        for module in model.modules():  # dropout: the trainer would not be the policy that sampled
             for attribute in ("p", "attention_dropout"):
                 if isinstance(getattr(module, attribute, None), float):
                     setattr(module, attribute, 0.0)
@@ -1473,8 +1495,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
     """Load the newest sound checkpoint -> its step; 0 if there is none. Damaged ones are named, put aside."""
-    found = checkpoints(folder)
-    for path in reversed(found):
+    for path in reversed(checkpoints(folder)):
         sums = checksums(path, ranks)
         try:
             expected = json.loads((path / CHECKSUMS).read_text())
@@ -1486,7 +1507,7 @@ def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
         ranks.on_main(lambda: publish(path, path.with_suffix(".damaged")), str(path))
         if ranks.main:
             print(f"{path}: damaged ({', '.join(bad)}), the one before it is used", flush=True)
-    if found:
+    if list(folder.glob("*.damaged")):  # put aside now, or by an earlier start
         raise BadInput(f"{folder}: no checkpoint is sound; remove {folder.parent} to begin again")
     return 0
 
@@ -1523,9 +1544,10 @@ def export(model, tokenizer, folder: Path, ranks: Ranks):
 # ================================================================================ 9 Train, presets, main
 def prepare_rows(config: Config, tokenizer, context: int, ranks: Ranks):
     """-> training rows by kind, held-out rows, prompts of each kind in a step. BadInput if it cannot work."""
-    if config.preset == "tiny" and ranks.main and not Path(config.data).exists():
+    generated = PRESETS["tiny"]["data"]  # and no other file: a name with a typo is never written to
+    if config.data == generated and ranks.main and not Path(generated).exists():
         import data_prep
-        data_prep.make_tiny(Path(config.data).parent)
+        data_prep.make_tiny(Path(generated).parent)
     ranks.gather(None)  # wait for the file
     rows = load_rows(config.data)
     held_out = load_rows(config.eval_data) if config.eval_data and config.eval_every else []
@@ -1566,12 +1588,14 @@ def kind_counts(config: Config) -> dict[str, int]:
 
 def check_length(row: dict, tokenizer, config: Config, context: int):
     """BadInput if the prompt with its answer cannot fit the context, or its instruction the judge prompt."""
-    budget = config.judge_prompt_tokens
+    # other lists of the row, cut to the same length, may need more tokens than the one that is tried here
+    budget = config.judge_prompt_tokens - SHORTEST * config.list_size
     characters = sum(len(message["content"]) for message in row["prompt"])
     if characters * 4 + 4000 < min(context - config.max_new_tokens, budget):
         return  # a character is at most four tokens (bytes), the template well below 4000
     try:
-        group = KINDS[row["kind"]].group(row, tokenizer, random.Random(0), config)
+        tighter = replace(config, judge_prompt_tokens=budget)
+        group = KINDS[row["kind"]].group(row, tokenizer, random.Random(0), tighter)
         if row["kind"] == "open":  # it will be judged, too
             longest = ["x" * SHORTEST] * config.list_size
             judge_prompt(tokenizer, row["prompt"], longest, random.Random(0), budget)
@@ -1584,7 +1608,7 @@ def check_length(row: dict, tokenizer, config: Config, context: int):
 
 
 def run_folder(config: Config, ranks: Ranks) -> Path:
-    """out_dir/name. --resume auto without a name: the newest run. A run that exists is never overwritten."""
+    """out_dir/name. --resume auto without a name: the newest run. Without it a run is never overwritten."""
     root, stem = Path(config.out_dir), config.preset or "run"
     if not config.name:
         runs = sorted(root.glob(f"{stem}-*/config.json"), key=os.path.getmtime) if config.resume else []
@@ -1729,7 +1753,7 @@ def run(config: Config, ranks: Ranks) -> Path:
     start_from = config.model
     if config.warmup_steps:
         start_from = str(folder / "warmed_up")
-        if not Path(start_from).exists():
+        if not (config.resume and Path(start_from).exists()):
             policy = load_actor(config.model, config, ranks, trainable=True)
             optimizer = new_optimizer(policy.model, config.warmup_learning_rate, config)
             warm_up(policy, optimizer, rows_by_kind, config, ranks)
@@ -1803,8 +1827,9 @@ def parse(arguments: list[str]) -> Config:
     given, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         raise BadInput(f"unknown flag {unknown[0]}; python urpo.py --help lists them all")
-    gpus = torch.cuda.device_count() if given.device != "cpu" else 0
-    preset = given.preset or ("" if given.model else "tiny" if not gpus else "small" if gpus == 1 else "7b")
+    by_hardware = "tiny" if given.device == "cpu" or not torch.cuda.is_available() else (
+        "small" if os.environ.get("WORLD_SIZE", "1") == "1" else "7b")  # a rank is a GPU, torchrun starts them
+    preset = given.preset or ("" if given.model else by_hardware)
     if preset and preset not in PRESETS:
         raise BadInput(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
     parser.set_defaults(**PRESETS.get(preset, {}))
