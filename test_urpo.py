@@ -1043,19 +1043,14 @@ def test_forms():
     assert urpo.boxed_form("It is 15.\n\nIn 1900, a", True) == "It is 15.\n\\boxed{15}"
     assert urpo.boxed_form("There are 12, I think", False).endswith("\n\\boxed{12}")
     assert urpo.boxed_form("no number", False) == urpo.boxed_form("9 + 6 = 15", True) == ""
-    firsts, bests = set(), set()
+    firsts = set()
     for seed in range(100):
-        text = urpo.judged_form(["x", "y", "z"], "15", random.Random(seed))
+        text = urpo.judged_form(3, random.Random(seed))
         scores, said = parse_scores(text, 3), re.search("worst: (.*)\\.", text)[1].split(", ")
         assert said == sorted("ABC", key=lambda label: -scores["ABC".index(label)]) and len(set(scores)) == 3
         firsts.add(said[0])
-        text = urpo.judged_form(["so \\boxed{15}", "4 + 5 = 9"], "15", random.Random(seed))
-        assert text.startswith("I get 15. A says 15. B says 9.\n<scores>")
-        text = urpo.judged_form(["so 9", "no idea"], "15", random.Random(seed))
-        assert text.startswith("I get 15. A says 9. B says nothing.\n<scores>")
-        bests.add(max("AB", key=lambda label: parse_scores(text, 2)["AB".index(label)]))
-    assert firsts == set("ABC") and bests == set("AB")  # scores know nothing of the numbers
-    assert parse_scores(urpo.judged_form(["x"] * 12, "", random.Random(0)), 12)
+    assert firsts == set("ABC")
+    assert parse_scores(urpo.judged_form(12, random.Random(0)), 12)
 
 
 def test_warm_up(settings, folder, monkeypatch):
