@@ -1050,7 +1050,7 @@ def test_forms():
         assert said == sorted("ABC", key=lambda label: -scores["ABC".index(label)]) and len(set(scores)) == 3
         firsts.add(said[0])
     assert firsts == set("ABC")
-    assert parse_scores(urpo.judged_form(12, random.Random(0)), 12)
+    assert {*scores} == {1, 6, 10} and parse_scores(urpo.judged_form(12, random.Random(0)), 12)
 
 
 def test_warm_up(settings, folder, monkeypatch):

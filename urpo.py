@@ -1037,7 +1037,7 @@ def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], confi
     """Supervised steps on the *form* alone, for a weak model that never finds it (our choice; off for 7B).
 
     Verifiable: the first paragraph of the start model's greedy answer to the bare prompt, its claim in a box.
-    Judge prompts: a random order, and a block of random scores that follow it. No truth is taught."""
+    Judge prompts: a random order, and a block of scores from 10 to 1 that follow it. No truth is taught."""
     rng = random.Random(f"{config.seed}/warm-up/{ranks.rank}")
     kinds = [kind for kind, count in WARMUP_PROMPTS.items() if rows_by_kind.get(kind)
              for _ in range(-(-count // ranks.world))]
@@ -1075,9 +1075,9 @@ def boxed_form(answer: str, truncated: bool) -> str:
 
 
 def judged_form(n: int, rng: random.Random) -> str:
-    # the order comes first, so that a judgement is one decision, at one place, for RL to teach
-    order, scores = rng.sample(LABELS[:n], n), rng.sample(range(1, 11), min(n, 10))
-    given = dict(zip(order, sorted(scores, reverse=True) + [1] * n))
+    # the order comes first and fixes the scores: a judgement is one decision, at one place, for RL to teach
+    order = rng.sample(LABELS[:n], n)
+    given = {label: round(10 - 9 * place / max(1, n - 1)) for place, label in enumerate(order)}
     block = "\n".join(f"{label}: {given[label]}" for label in LABELS[:n])
     return f"From best to worst: {', '.join(order)}.\n<scores>\n{block}\n</scores>"
 
