@@ -647,7 +647,7 @@ def same_answer(claim: str, gold: str) -> bool:
         return ends[0] == ends[1] and len(claims) == len(golds) and all(map(same_answer, claims, golds))
     x, y = number(claim), number(gold)
     # an unfinished 36/2 or \\sqrt{16} is no whole number: paid for it, a policy repeats the question
-    if x is None or y is None or y == int(y) and re.search(r"/|\\", claim):
+    if x is None or y is None or (y == int(y) and re.search(r"/|\\", claim)):
         return False
     tries = [x]
     if claim.endswith("%") != gold.endswith("%"):  # 50% may mean 0.5 or 50
@@ -844,7 +844,7 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
         # they go on in the padding, for transformers takes a jump of positions for a row of several texts
         positions.append(places + list(range(places[-1] + 1, places[-1] + 1 + spare)))
         start = r * length + begin
-        for completion in row.completions:  # the prompt's last token predicts the first of each
+        for completion in row.completions:  # the prompt's last token predicts the first, if it is not empty
             sources += [r * length + begin - 1, *range(start, start + len(completion) - 1)][: len(completion)]
             targets += completion
             start += len(completion)
@@ -854,7 +854,7 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
     if any(len(row.completions) > 1 for row in rows):  # each token sees the prompt and its own completion
         split = min(len(row.prompt) for row in rows)
         own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, split:, None])
-        mask = own.tril(split).unsqueeze(1)
+        mask = own.tril(split).unsqueeze(1)  # row i of it is place split + i, which sees no later place
     return ids, positions, mask, sources, targets
 
 
@@ -1060,8 +1060,8 @@ def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], confi
         batches = ranks.equal_count(pack(pairs, policy.model.config.hidden_size, config.microbatch_tokens))
         [total] = ranks.sum([len(pairs)])
         for b, batch in enumerate(batches):
-            weights = [float(owner >= 0) for row in batch for owner in row.owners]
-            losses = [-lp.mean() * w for lp, w in zip(row_logprobs(policy.model, batch, 1.0), weights)]
+            real = [float(owner >= 0) for row in batch for owner in row.owners]
+            losses = [-lp.mean() * r for lp, r in zip(row_logprobs(policy.model, batch, 1.0), real)]
             ranks.backward(policy.model, sum(losses) / max(1, total), last=b == len(batches) - 1)
         if batches:  # none if no answer of this step had a number to box
             ranks.clip_grad_norm(policy.model, config.max_grad_norm)
@@ -1481,8 +1481,8 @@ def load_checkpoint(path: Path, model, optimizer, ranks: Ranks) -> int:
         dcp.load(state, checkpoint_id=path, no_dist=ranks.world == 1)
     except CheckpointException as error:
         raise BadInput(f"{path}: not a checkpoint of this model: {reason(error)}")
-    weights, moments = state["model"], state["optimizer"]
-    dcp_state.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"],
+                             optim_state_dict=state["optimizer"])
     return int(path.name.removeprefix("step-"))
 
 
@@ -1588,10 +1588,11 @@ def kind_counts(config: Config) -> dict[str, int]:
 def check_length(row: dict, tokenizer, config: Config, context: int):
     """BadInput if the prompt with its answer cannot fit the context, or its instruction the judge prompt."""
     # other lists of the row, cut to the same length, may need more tokens than the one that is tried here
-    budget = config.judge_prompt_tokens - SHORTEST * config.list_size
+    reserve = SHORTEST * config.list_size
+    budget = config.judge_prompt_tokens - reserve
     characters = sum(len(message["content"]) for message in row["prompt"])
     if characters * 4 + 4000 < min(context - config.max_new_tokens, budget):
-        return  # a character is at most four tokens (bytes), the template well below 4000
+        return  # a character is at most four tokens (bytes), the template well below 4000: no need to try
     try:
         tighter = replace(config, judge_prompt_tokens=budget)
         group = KINDS[row["kind"]].group(row, tokenizer, random.Random(0), tighter)
@@ -1599,7 +1600,8 @@ def check_length(row: dict, tokenizer, config: Config, context: int):
             longest = ["x" * SHORTEST] * config.list_size
             judge_prompt(tokenizer, row["prompt"], longest, random.Random(0), budget)
     except ValueError as error:
-        raise BadInput(f"{row['line']}: prompt: {error} (--judge_prompt_tokens, or data_prep.py --max_chars)")
+        raise BadInput(f"{row['line']}: prompt: {error}, less {reserve} for longer words in other responses "
+                       f"(--judge_prompt_tokens, or data_prep.py --max_chars)")
     length, room = len(group.prompt_ids), context - getattr(config, KINDS[row["kind"]].limit)
     if length > room:
         raise BadInput(f"{row['line']}: prompt: {length} tokens, but the model's context of {context} leaves "
@@ -1826,8 +1828,10 @@ def parse(arguments: list[str]) -> Config:
     given, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         raise BadInput(f"unknown flag {unknown[0]}; python urpo.py --help lists them all")
-    by_hardware = "tiny" if given.device == "cpu" or not torch.cuda.is_available() else (
-        "small" if os.environ.get("WORLD_SIZE", "1") == "1" else "7b")  # a rank is a GPU, torchrun starts them
+    gpus = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun starts a rank for each
+    by_hardware = "small" if gpus == 1 else "7b"
+    if given.device == "cpu" or not torch.cuda.is_available():
+        by_hardware = "tiny"
     preset = given.preset or ("" if given.model else by_hardware)
     if preset and preset not in PRESETS:
         raise BadInput(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
