@@ -1098,8 +1098,13 @@ def curves(folders: list[str], out: str) -> None:
     matplotlib.use("Agg")  # to a file, also where there is no screen
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(3, 4, figsize=(16, 10))
-    for axis, (title, names) in zip(axes.flat, PANELS):
+    shown = [(title, names) for title, names in PANELS
+             if any(series(lines, name) for seeds in arms.values() for lines in seeds for name in names)]
+    rows = math.ceil(len(shown) / 4) or 1  # a Hub model's runs know no true quality: no empty panels for it
+    figure, axes = pyplot.subplots(rows, 4, figsize=(16, 10 * rows / 3), squeeze=False)
+    for axis in axes.flat[len(shown):]:
+        axis.set_axis_off()
+    for axis, (title, names) in zip(axes.flat, shown):
         for colour, seeds in enumerate(arms.values()):
             for style, name in zip(STYLES, names):
                 points = [series(lines, name) for lines in seeds]
