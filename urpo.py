@@ -105,6 +105,7 @@ class Config:
     rollout_tokens: int = setting(131072, "tokens in one batch of model.generate: bounds the KV cache")
     # judging
     list_size: int = setting(4, "responses in a judge prompt: as many as the preference rows have")
+    both_orders: bool = setting(False, "preference lists also in reverse order, on top of prompts_per_step")
     judgements: int = setting(2, "judge prompts that show each open response; more: less noise, more time")
     judge_max_new_tokens: int = setting(512, "longest judgement, tokens (critique and score block)")
     judge_temperature: float = setting(0.0, "of judgements of open groups; 0: greedy, the least noise")
@@ -340,6 +341,13 @@ def preference_group(row, tokenizer, rng, config) -> Group:
     shown = [row["responses"][i] for i in order]
     ids = judge_prompt(tokenizer, row["prompt"], shown, rng, config.judge_prompt_tokens)
     return Group(row, ids, [row["scores"][i] for i in order], shown)
+
+
+def turned(group: Group, tokenizer, rng, config) -> Group:
+    """The same list in reverse order: over the two, a liking for a place earns nothing (--both_orders)."""
+    shown = group.shown[::-1]
+    ids = judge_prompt(tokenizer, group.row["prompt"], shown, rng, config.judge_prompt_tokens)
+    return Group(group.row, ids, group.truth[::-1], shown)
 
 
 def open_group(row, tokenizer, rng, config) -> Group:
@@ -947,8 +955,12 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
     torch.manual_seed(random.Random(f"{seed}/{ranks.rank}").getrandbits(63))
 
     # 1 Format. The generator is the row's, not the rank's: the batch is the same on any number of ranks
+    numbered = list(enumerate(rows))[ranks.rank :: ranks.world]
     groups = [KINDS[row["kind"]].group(row, policy.tokenizer, random.Random(f"{seed}/{i}"), config)
-              for i, row in list(enumerate(rows))[ranks.rank :: ranks.world]]
+              for i, row in numbered]
+    if config.both_orders:
+        groups += [turned(group, policy.tokenizer, random.Random(f"{seed}/{i}/turned"), config)
+                   for (i, _), group in zip(numbered, groups) if group.shown]
 
     with ranks.unsharded(policy.model, referee.model):
         # 2 Sample
@@ -1037,21 +1049,21 @@ def phase(seconds: dict[str, float], name: str, ranks: "Ranks"):
 def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], config: Config, ranks: "Ranks"):
     """Supervised steps on the *form* alone, for a weak model that never finds it (our choice; off for 7B).
 
-    The start model answers every bare prompt greedily. Verifiable: its first paragraph, the last number in a
-    box. Judge prompts: that number, the number each response ends with, a block of random scores (without
-    numbers: an order, and scores that follow it). No truth is taught."""
+    Verifiable: the first paragraph of the start model's greedy answer to the bare prompt, its claim in a box.
+    Judge prompts: a random order, and a block of scores from 10 to 1 that follow it. No truth is taught."""
     rng = random.Random(f"{config.seed}/warm-up/{ranks.rank}")
     kinds = [kind for kind, count in WARMUP_PROMPTS.items() if rows_by_kind.get(kind)
              for _ in range(-(-count // ranks.world))]
     groups = [KINDS[kind].group(rng.choice(rows_by_kind[kind]), policy.tokenizer, rng, config)
               for kind in config.warmup_steps * kinds]
     # all are answered before any step: a model that learns from what it says while it learns drifts to noise
-    bare = [Group(group.row, encode(policy.tokenizer, group.row["prompt"])) for group in groups]
+    bare = [Group(group.row, encode(policy.tokenizer, group.row["prompt"])) for group in groups
+            if group.row["kind"] == "verifiable"]
     with ranks.unsharded(policy.model):
         rollout(policy, bare, 1, 0.0, config, "answers for the warm-up" * ranks.main)
-    boxed = [boxed_form(answer.texts[0], answer.truncated[0]) for answer in bare]
-    texts = [judged_form(group.shown, final_answer(text), rng) if group.shown else text
-             for group, text in zip(groups, boxed)]
+    boxed = iter([boxed_form(answer.texts[0], answer.truncated[0]) for answer in bare])
+    texts = [next(boxed) if group.row["kind"] == "verifiable" else judged_form(len(group.truth), rng)
+             for group in groups]
     encoded = [policy.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     end = policy.stop_ids[-1:]  # the highest id: an end of turn stands behind the base model's end of text
     targets = [(group.prompt_ids, [ids + end]) if ids else None for group, ids in zip(groups, encoded)]
@@ -1075,15 +1087,12 @@ def boxed_form(answer: str, truncated: bool) -> str:
     return f"{said.rstrip()}\n\\boxed{{{claim}}}" if claim and (more or not truncated) else ""
 
 
-def judged_form(shown: list[str], own: str, rng: random.Random) -> str:
-    labels, claims = LABELS[: len(shown)], list(map(final_answer, shown))
-    order, scores = rng.sample(labels, len(labels)), rng.sample(range(1, 11), min(len(labels), 10))
-    given = dict(zip(order, sorted(scores, reverse=True) + [1] * len(labels)))
-    critique = f"From best to worst: {', '.join(order)}."
-    if own and all(claims):  # it says what can be compared; whether that decides, RL has to find out
-        critique = " ".join([f"I get {own}.", *(f"{a} says {claim}." for a, claim in zip(labels, claims))])
-    block = "\n".join(f"{label}: {given[label]}" for label in labels)
-    return f"{critique}\n<scores>\n{block}\n</scores>"
+def judged_form(n: int, rng: random.Random) -> str:
+    # the order comes first and fixes the scores: a judgement is one decision, at one place, for RL to teach
+    order = rng.sample(LABELS[:n], n)
+    given = {label: round(10 - 9 * place / max(1, n - 1)) for place, label in enumerate(order)}
+    block = "\n".join(f"{label}: {given[label]}" for label in LABELS[:n])
+    return f"From best to worst: {', '.join(order)}.\n<scores>\n{block}\n</scores>"
 
 
 # ================================================================================ 7 Held-out, metrics, alarms
