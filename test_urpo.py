@@ -583,7 +583,7 @@ def test_both_orders(one_step):
         assert places == sorted(places)
     assert len({tuple(p) for loss in run.losses for p, _ in loss.rows} & {tuple(g.prompt_ids) for g in run.groups}) == 4
     first.texts = second.texts = ["<scores>\nA: 10\nB: 7\nC: 3\nD: 1\n</scores>"]
-    [[there], [back]] = urpo.preference_rewards([first, second], None, None, None)
+    [[there], [back]] = urpo.preference_rewards([first, second], None, run.config, None)
     assert there == -back
 
 
@@ -749,7 +749,16 @@ def test_unparsable_is_worse_than_any_ranking():
     """Hazard: with reward 0 for silence "say nothing" beats a wrong ranking."""
     assert ranking_reward(None, [1, 2, 3]) < min(ranking_reward(s, [1, 2, 3]) for s in ([1, 2, 3], [3, 2, 1], [1, 1, 1]))
     group = urpo.Group({}, [], [1.0, 2.0], texts=["no block", block("A: 2", "B: 1"), GOOD])
-    assert urpo.preference_rewards([group], None, None, None) == [[urpo.UNPARSABLE, -1.0, 1.0]]
+    assert urpo.preference_rewards([group], None, urpo.Config(), None) == [[urpo.UNPARSABLE, -1.0, 1.0]]
+
+
+def test_tie_reward():
+    """Hazard: a weak referee hides in ties. A flag that is not heeded, or that pays for pairs that the truth does not order."""
+    assert ranking_reward([7, 7, 7, 1], [4, 3, 2, 1], -0.5) == pytest.approx((3 - 3 * 0.5) / 6)
+    assert ranking_reward([5, 5], [3, 3], -1.0) == 0.0 and ranking_reward([5, 5, 6], [3, 3, 4], -1.0) == 1.0
+    group = urpo.Group({}, [], [1.0, 2.0], texts=[block("A: 4", "B: 4"), block("A: 2", "B: 1"), GOOD])
+    rewards = lambda **flags: urpo.preference_rewards([group], None, urpo.Config(**flags), None)
+    assert rewards() == [[0.0, -1.0, 1.0]] and rewards(tie_reward=-1.0) == [[-1.0, -1.0, 1.0]]
 
 
 def judge_text(prompt, responses, nonce="abc123"):
@@ -1124,7 +1133,7 @@ def test_bad_rows(tmp_path, bad, message):
     (["--bogus", "1"], "--bogus"), (["--grou", "4"], "--grou"), (["--preset", "huge"], "preset.*huge"),
     (["--model", "m"], "--data"), (["--data", "d"], None),
     (["--group_size", "1"], "group_size"), (["--temperature", "0"], "temperature"), (["--judgements", "0"], "judgements"),
-    (["--list_size", "27"], "list_size")])
+    (["--list_size", "27"], "list_size"), (["--tie_reward", "0.5"], "tie_reward")])
 def test_bad_flags(arguments, message, monkeypatch):
     """Issue 2, bad input: unknown and abbreviated flags, values that cannot work."""
     if message:

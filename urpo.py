@@ -106,6 +106,7 @@ class Config:
     # judging
     list_size: int = setting(4, "responses in a judge prompt: as many as the preference rows have")
     both_orders: bool = setting(False, "preference lists also in reverse order, on top of prompts_per_step")
+    tie_reward: float = setting(0.0, "of a predicted tie; -1: as bad as wrong, or a weak referee hides there")
     judgements: int = setting(2, "judge prompts that show each open response; more: less noise, more time")
     judge_max_new_tokens: int = setting(512, "longest judgement, tokens (critique and score block)")
     judge_temperature: float = setting(0.0, "of judgements of open groups; 0: greedy, the least noise")
@@ -565,10 +566,10 @@ def generate_groups(model, prompts, n, limits, temperature, stop_ids):
 UNPARSABLE = -1.5  # below the worst ranking (-1): wrong and unparsable judgements still teach the form
 
 
-def ranking_reward(scores: Sequence[float] | None, truth: Sequence[float]) -> float:
+def ranking_reward(scores: Sequence[float] | None, truth: Sequence[float], tie: float = 0.0) -> float:
     """(concordant - discordant) / pairs that the truth orders, in [-1, 1]: tau-a, Somers' D if it has ties.
 
-    A predicted tie on an ordered pair counts 0, so ties are never rewarded and never NaN. None: -1.5.
+    A predicted tie on an ordered pair counts `tie`, 0 or less: never rewarded and never NaN. None: -1.5.
 
     >>> ranking_reward([9, 5, 5, 5], [4, 3, 2, 1])
     0.5
@@ -579,7 +580,7 @@ def ranking_reward(scores: Sequence[float] | None, truth: Sequence[float]) -> fl
         raise ValueError(f"{len(scores)} scores for {len(truth)} responses")
     pairs = [(scores[i] - scores[j]) * (1 if truth[i] > truth[j] else -1)
              for i in range(len(truth)) for j in range(i) if truth[i] != truth[j]]
-    return sum((p > 0) - (p < 0) for p in pairs) / len(pairs) if pairs else 0.0
+    return sum(tie if p == 0 else (p > 0) - (p < 0) for p in pairs) / len(pairs) if pairs else 0.0
 
 
 LONGEST = 300  # characters of an answer: bounds the work on a hostile one
@@ -688,7 +689,8 @@ def verifiable_rewards(groups: list[Group], judge, config, rng) -> list[list[flo
 
 
 def preference_rewards(groups: list[Group], judge, config, rng) -> list[list[float]]:
-    return [[ranking_reward(parse_scores(text, len(g.truth)), g.truth) for text in g.texts] for g in groups]
+    return [[ranking_reward(parse_scores(text, len(g.truth)), g.truth, config.tie_reward) for text in g.texts]
+            for g in groups]
 
 
 def open_rewards(groups: list[Group], judge, config, rng) -> list[list[float]]:
@@ -1857,6 +1859,8 @@ def parse(arguments: list[str]) -> Config:
             raise BadInput(f"--{name} {getattr(config, name)}: expected at least {limit}")
     if config.temperature <= 0 or config.list_size > len(LABELS):
         raise BadInput(f"--temperature must be above 0, --list_size at most {len(LABELS)}")
+    if not -1 <= config.tie_reward <= 0:
+        raise BadInput(f"--tie_reward {config.tie_reward}: expected -1 (as bad as wrong) to 0 (as good as a guess)")
     return config
 
 
