@@ -270,22 +270,19 @@ SUMS = {  # the last form of each is a story
           "{name} has {a} bags with {b} {things} in each. How many {things} does {name} have?"),
 }
 NAMES, THINGS = ("Tom", "Ana", "Sam", "Mia", "Ben"), ("apples", "books", "coins", "cards", "stamps")
-# Each of a row's solutions uses another of these, so that the wording tells nothing about the score.
-WORKINGS = ("{a} {op} {b} = {claim}. The answer is \\boxed{{{claim}}}.",
-            "We need {a} {op} {b}, which is {claim}. So the final answer is \\boxed{{{claim}}}.",
-            "Step 1: write down {a} {op} {b}.\nStep 2: it makes {claim}.\n\\boxed{{{claim}}}",
-            "Let me work it out: {a} {op} {b} gives {claim}.\nAnswer: \\boxed{{{claim}}}")
-NO_ANSWERS = ("Sorry, I cannot help with that.", "What a nice question! I like sums.",
-              "I am not sure. Please ask somebody else.", "The answer is a number, and it is easy to find.")
+# Each of a row's four solutions uses another of these, so that the wording tells nothing about the score.
+WORKINGS = ("{a} {op} {b} = {work}. The answer is \\boxed{{{box}}}.",
+            "We need {a} {op} {b}, which is {work}. So the final answer is \\boxed{{{box}}}.",
+            "Step 1: write down {a} {op} {b}.\nStep 2: it makes {work}.\n\\boxed{{{box}}}",
+            "Let me work it out: {a} {op} {b} gives {work}.\nAnswer: \\boxed{{{box}}}")
 MOST_SUMS = 3000  # few enough that drawing different problems by trial stays quick
 
 
 def sums(n, rng):
-    """n verifiable sums, and n // 2 preference rows: four replies to other ones.
+    """n verifiable sums, and n // 2 preference rows of four worked solutions to other ones.
 
     Easy on purpose: a 135M model gets about a third of single-digit sums right, and a group that is all right
-    or all wrong teaches nothing. Scores: 1 right; 0.6 wrong; 0.3 to another problem; 0 no answer, a contrast
-    that a referee who starts at chance finds first."""
+    or all wrong teaches nothing. Scores: 1 right; 0.6 right working, wrong box; 0.3 wrong; 0 another problem."""
     if not 0 < n <= MOST_SUMS:
         raise urpo.BadInput(f"sums:{n}: ask for 1 to {MOST_SUMS}, there are not many more easy sums")
     problems = {}
@@ -302,10 +299,9 @@ def sums(n, rng):
         other = a, op, b, right
         while other == (a, op, b, right):  # its solution is right, but to another problem
             _, other = rng.choice(problems)
-        graded = [(a, op, b, right), (a, op, b, wrong), other]
-        responses = [working.format(a=a, op=op, b=b, claim=claim)
-                     for working, (a, op, b, claim) in zip(rng.sample(WORKINGS, 3), graded)]
-        responses.append(rng.choice(NO_ANSWERS))
+        graded = [(a, op, b, right, right), (a, op, b, right, wrong), (a, op, b, wrong, wrong), (*other, other[-1])]
+        responses = [working.format(a=a, op=op, b=b, work=work, box=box)
+                     for working, (a, op, b, work, box) in zip(rng.sample(WORKINGS, 4), graded)]
         tasks.append(task("preference", user(text), responses=responses, scores=[1.0, 0.6, 0.3, 0.0]))
     return tasks
 

@@ -1070,14 +1070,17 @@ def test_forms():
     assert urpo.boxed_form("It is 15.\n\nIn 1900, a", True) == "It is 15.\n\\boxed{15}"
     assert urpo.boxed_form("There are 12, I think", False).endswith("\n\\boxed{12}")
     assert urpo.boxed_form("no number", False) == urpo.boxed_form("9 + 6 = 15", True) == ""
-    firsts = set()
+    firsts, bests = set(), set()
     for seed in range(100):
-        text = urpo.judged_form(3, random.Random(seed))
+        text = urpo.judged_form(["x", "y", "z"], "15", random.Random(seed))
         scores, said = parse_scores(text, 3), re.search("worst: (.*)\\.", text)[1].split(", ")
         assert said == sorted("ABC", key=lambda label: -scores["ABC".index(label)]) and len(set(scores)) == 3
         firsts.add(said[0])
-    assert firsts == set("ABC")
-    assert {*scores} == {1, 6, 10} and parse_scores(urpo.judged_form(12, random.Random(0)), 12)
+        text = urpo.judged_form(["so \\boxed{15}", "4 + 5 = 9"], "15", random.Random(seed))
+        assert text.startswith("I get 15. A says 15. B says 9.\n<scores>")
+        bests.add(max("AB", key=lambda label: parse_scores(text, 2)["AB".index(label)]))
+    assert firsts == set("ABC") and bests == set("AB")  # scores know nothing of the numbers
+    assert parse_scores(urpo.judged_form(["x"] * 12, "", random.Random(0)), 12)
 
 
 def test_warm_up(settings, folder, monkeypatch):
@@ -1376,14 +1379,14 @@ def test_data_sums_are_right():
         for a, op, b in written.findall(row["prompt"][0]["content"]):
             assert int(row["answer"]) == compute[op](int(a), int(b)) >= 0
     for row in rows[300:]:
-        replies = dict(zip(row["scores"], row["responses"]))
-        assert sorted(replies) == [0.0, 0.3, 0.6, 1.0] and not re.search(r"\d", replies.pop(0.0))
-        problems = {score: written.findall(text) for score, text in replies.items()}
-        assert problems[1.0] == problems[0.6] != problems[0.3]
-        for score, text in replies.items():
-            [(a, op, b)], claims = problems[score], re.findall(r"\d+", written.sub("", text).replace("Step", ""))
-            [claim] = set(claims[-2:])
-            assert (claim == str(compute[op](int(a), int(b)))) == (score != 0.6), text
+        assert sorted(row["scores"]) == [0.0, 0.3, 0.6, 1.0]
+        _, [problem] = max((score, written.findall(text)) for text, score in zip(row["responses"], row["scores"]))
+        for text, score in zip(row["responses"], row["scores"]):
+            (a, op, b), = written.findall(text)
+            right, numbers = str(compute[op](int(a), int(b))), re.findall(r"\d+", written.sub("", text).replace("Step", ""))
+            work, box = numbers[-2:]
+            grade = 1.0 if work == box == right else 0.6 if work == right else 0.3
+            assert score == (grade if (a, op, b) == problem else 0.0), text
 
 def test_data_check_lists_every_bad_row(tmp_path, capsys):
     """Bug: --check stops at the first bad row, or passes a file the trainer refuses."""

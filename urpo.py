@@ -1051,21 +1051,21 @@ def phase(seconds: dict[str, float], name: str, ranks: "Ranks"):
 def warm_up(policy: Actor, optimizer, rows_by_kind: dict[str, list[dict]], config: Config, ranks: "Ranks"):
     """Supervised steps on the *form* alone, for a weak model that never finds it (our choice; off for 7B).
 
-    Verifiable: the first paragraph of the start model's greedy answer to the bare prompt, its claim in a box.
-    Judge prompts: a random order, and a block of scores from 10 to 1 that follow it. No truth is taught."""
+    The start model answers every bare prompt greedily. Verifiable: its first paragraph, the last number in a
+    box. Judge prompts: that number, the number each response ends with, a block of random scores (without
+    numbers: an order, and scores that follow it). No truth is taught."""
     rng = random.Random(f"{config.seed}/warm-up/{ranks.rank}")
     kinds = [kind for kind, count in WARMUP_PROMPTS.items() if rows_by_kind.get(kind)
              for _ in range(-(-count // ranks.world))]
     groups = [KINDS[kind].group(rng.choice(rows_by_kind[kind]), policy.tokenizer, rng, config)
               for kind in config.warmup_steps * kinds]
     # all are answered before any step: a model that learns from what it says while it learns drifts to noise
-    bare = [Group(group.row, encode(policy.tokenizer, group.row["prompt"])) for group in groups
-            if group.row["kind"] == "verifiable"]
+    bare = [Group(group.row, encode(policy.tokenizer, group.row["prompt"])) for group in groups]
     with ranks.unsharded(policy.model):
         rollout(policy, bare, 1, 0.0, config, "answers for the warm-up" * ranks.main)
-    boxed = iter([boxed_form(answer.texts[0], answer.truncated[0]) for answer in bare])
-    texts = [next(boxed) if group.row["kind"] == "verifiable" else judged_form(len(group.truth), rng)
-             for group in groups]
+    boxed = [boxed_form(answer.texts[0], answer.truncated[0]) for answer in bare]
+    texts = [judged_form(group.shown, final_answer(text), rng) if group.shown else text
+             for group, text in zip(groups, boxed)]
     encoded = [policy.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     end = policy.stop_ids[-1:]  # the highest id: an end of turn stands behind the base model's end of text
     targets = [(group.prompt_ids, [ids + end]) if ids else None for group, ids in zip(groups, encoded)]
@@ -1089,12 +1089,15 @@ def boxed_form(answer: str, truncated: bool) -> str:
     return f"{said.rstrip()}\n\\boxed{{{claim}}}" if claim and (more or not truncated) else ""
 
 
-def judged_form(n: int, rng: random.Random) -> str:
-    # the order comes first and fixes the scores: a judgement is one decision, at one place, for RL to teach
-    order = rng.sample(LABELS[:n], n)
-    given = {label: round(10 - 9 * place / max(1, n - 1)) for place, label in enumerate(order)}
-    block = "\n".join(f"{label}: {given[label]}" for label in LABELS[:n])
-    return f"From best to worst: {', '.join(order)}.\n<scores>\n{block}\n</scores>"
+def judged_form(shown: list[str], own: str, rng: random.Random) -> str:
+    labels, claims = LABELS[: len(shown)], list(map(final_answer, shown))
+    order, scores = rng.sample(labels, len(labels)), rng.sample(range(1, 11), min(len(labels), 10))
+    given = dict(zip(order, sorted(scores, reverse=True) + [1] * len(labels)))
+    critique = f"From best to worst: {', '.join(order)}."
+    if own and all(claims):  # it says what can be compared; whether that decides, RL has to find out
+        critique = " ".join([f"I get {own}.", *(f"{a} says {claim}." for a, claim in zip(labels, claims))])
+    block = "\n".join(f"{label}: {given[label]}" for label in labels)
+    return f"{critique}\n<scores>\n{block}\n</scores>"
 
 
 # ================================================================================ 7 Held-out, metrics, alarms
@@ -1216,13 +1219,13 @@ ALARMS = [
     ("form lost", lambda m, first: m.get("parse_rate/preference", 1) < 0.5,
      "most judgements do not parse: --warmup_steps, a longer --judge_max_new_tokens, less --learning_rate"),
     ("judge collapsed", lambda m, first: m.get("flat/open", 0) > 0.8,
-     "the referee gives whole groups one score, open groups teach nothing: more preference rows in --mix"),
+     "the referee gives whole groups one score: more preference rows in --mix, --tie_reward -1"),
     ("length bias", lambda m, first: m.get("length_correlation/open", 0) > 0.8,
      "scores follow the length of responses: add preference lists in which the longer one is worse"),
     ("length drift", lambda m, first: m.get("length/open", 0) > 2 * first.get("length/open", math.inf),
      "open responses have doubled: look in samples.jsonl for padding that the referee likes"),
     ("position bias", lambda m, first: abs(m.get("slot_score/open/A", 0) - m.get("slot_score/open/B", 0)) > 3,
-     "the slot decides the score: more --judgements average it out, preference rows train it away"),
+     "the slot decides the score: --both_orders true pays no place, more --judgements average it out"),
     ("truncated", lambda m, first: max(m.get(f"truncated/{kind}", 0) for kind in KINDS) > 0.5,
      "half of the completions hit their limit: raise --max_new_tokens or --judge_max_new_tokens"),
     ("nothing to learn", lambda m, first: m.get("flat/verifiable", 0) > 0.9,
