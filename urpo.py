@@ -339,16 +339,18 @@ def draw_list(scores: list[float], size: int, rng: random.Random) -> list[int]:
 def preference_group(row, tokenizer, rng, config) -> Group:
     """A judge prompt over the row's responses, shuffled at each use: stored order must not leak the truth."""
     order = draw_list(row["scores"], config.list_size, rng)
-    shown = [row["responses"][i] for i in order]
+    shown, truth = [row["responses"][i] for i in order], [row["scores"][i] for i in order]
+    return list_group(row, shown, truth, tokenizer, rng, config)
+
+
+def list_group(row, shown: list[str], truth: list[float], tokenizer, rng, config) -> Group:
     ids = judge_prompt(tokenizer, row["prompt"], shown, rng, config.judge_prompt_tokens)
-    return Group(row, ids, [row["scores"][i] for i in order], shown)
+    return Group(row, ids, truth, shown)
 
 
 def turned(group: Group, tokenizer, rng, config) -> Group:
     """The same list in reverse order: over the two, a liking for a place earns nothing (--both_orders)."""
-    shown = group.shown[::-1]
-    ids = judge_prompt(tokenizer, group.row["prompt"], shown, rng, config.judge_prompt_tokens)
-    return Group(group.row, ids, group.truth[::-1], shown)
+    return list_group(group.row, group.shown[::-1], group.truth[::-1], tokenizer, rng, config)
 
 
 def open_group(row, tokenizer, rng, config) -> Group:
@@ -369,6 +371,17 @@ def batch_rows(rows_by_kind: dict[str, list], counts: dict[str, int], seed: int,
 @functools.lru_cache(maxsize=16)  # one permutation for each kind and epoch in use
 def shuffled(n: int, key: str) -> list[int]:
     return random.Random(key).sample(range(n), n)
+
+
+def format_groups(numbered: list[tuple[int, dict]], tokenizer, seed: str, config: Config) -> list[Group]:
+    """The groups of (place in the step's batch, row). The random generator is the place's, not the rank's:
+    the batch is the same on any number of ranks."""
+    groups = [KINDS[row["kind"]].group(row, tokenizer, random.Random(f"{seed}/{i}"), config)
+              for i, row in numbered]
+    if config.both_orders:
+        groups += [turned(group, tokenizer, random.Random(f"{seed}/{i}/turned"), config)
+                   for (i, _), group in zip(numbered, groups) if group.shown]
+    return groups
 
 
 # ================================================================================ 2 Sample
@@ -956,13 +969,9 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
     seconds, seed = {}, f"{config.seed}/{step}"
     torch.manual_seed(random.Random(f"{seed}/{ranks.rank}").getrandbits(63))
 
-    # 1 Format. The generator is the row's, not the rank's: the batch is the same on any number of ranks
-    numbered = list(enumerate(rows))[ranks.rank :: ranks.world]
-    groups = [KINDS[row["kind"]].group(row, policy.tokenizer, random.Random(f"{seed}/{i}"), config)
-              for i, row in numbered]
-    if config.both_orders:
-        groups += [turned(group, policy.tokenizer, random.Random(f"{seed}/{i}/turned"), config)
-                   for (i, _), group in zip(numbered, groups) if group.shown]
+    # 1 Format
+    mine = list(enumerate(rows))[ranks.rank :: ranks.world]
+    groups = format_groups(mine, policy.tokenizer, seed, config)
 
     with ranks.unsharded(policy.model, referee.model):
         # 2 Sample
@@ -973,8 +982,8 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
             rng = random.Random(f"{seed}/judge/{ranks.rank}")
             judge = make_judge(referee, config.judge_temperature, config, rng)
             for name, kind in KINDS.items():
-                mine = [group for group in groups if group.row["kind"] == name]
-                for group, rewards in zip(mine, kind.rewards(mine, judge, config, rng)):
+                members = [group for group in groups if group.row["kind"] == name]
+                for group, rewards in zip(members, kind.rewards(members, judge, config, rng)):
                     group.rewards = rewards
 
     # 4 Advantage, and what counts: no completion without signal; by flags no truncated one, no flat group
@@ -1863,7 +1872,7 @@ def parse(arguments: list[str]) -> Config:
     if config.temperature <= 0 or config.list_size > len(LABELS):
         raise BadInput(f"--temperature must be above 0, --list_size at most {len(LABELS)}")
     if not -1 <= config.tie_reward <= 0:
-        raise BadInput(f"--tie_reward {config.tie_reward}: expected -1 (as bad as wrong) to 0 (as good as a guess)")
+        raise BadInput(f"--tie_reward {config.tie_reward}: expected -1 (wrong) to 0 (as good as a guess)")
     return config
 
 
