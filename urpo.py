@@ -4,19 +4,16 @@
     python urpo.py --preset small                    Qwen2.5-0.5B-Instruct on one GPU
     torchrun --nproc_per_node 8 urpo.py              Qwen2.5-7B, FSDP2 on eight GPUs
     python urpo.py --model FOLDER --data FILE.jsonl  any causal LM with full attention, any rows
-    python urpo.py --help                            every setting with its unit and its reason
-Without --preset and --model the hardware decides. `python data_prep.py --out data` makes the rows
-of small and 7b. SIGTERM finishes the step and saves; `--resume true` goes on.
+Without --preset and --model the hardware decides; --help explains each setting. data_prep.py makes
+the rows of small and 7b. SIGTERM finishes the step and saves; `--resume true` goes on.
 
-Sections 1 to 6 are the algorithm and carry the numbers of README's steps: format, sample, reward,
-advantage and loss, log-probs, and `urpo_step`, which is all of it. Behind them: 7 what is measured,
-8 ranks and checkpoints, 9 the run, 10 speed (for the clock alone).
+Sections 1 to 6 are the algorithm and carry the numbers of README's steps; `urpo_step` is all of it.
+Behind them: 7 what is measured, 8 ranks and checkpoints, 9 the run, 10 speed (for the clock alone).
 
 How this differs from the paper. Its full text was not at hand, so these are our choices: the judge
 prompt and its score block; tau-a, and -1.5 for a judgement that does not parse; open rewards from
 ranks in random short sub-lists, not from raw scores; a greedy referee; every coefficient in Config;
 for weak models a supervised warm-up on the form alone (data_prep.py --warm_up)."""
-
 import argparse
 import fcntl
 import functools
@@ -54,8 +51,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record as show_traceback
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -66,13 +63,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data_prep import (LABELS, VERIFIERS, BadInput, load_rows, make_tiny, tiny_quality,
-                       verify_answer)  # noqa: F401  rows, and whether an answer is right
-
+from data_prep import LABELS, VERIFIERS, BadInput, load_rows, make_tiny, tiny_quality
+from data_prep import verify_answer  # noqa: F401  (it belongs to what this file offers)
 
 def setting(default, help):
     return field(default=default, metadata={"help": help})
-
 
 @dataclass
 class Config:
@@ -107,8 +102,7 @@ class Config:
     clip_low: float = setting(0.2, "the ratio may fall to 1 - clip_low (PPO)")
     clip_high: float = setting(0.2, "the ratio may rise to 1 + clip_high (DAPO: 0.28)")
     kl_coef: float = setting(0.01, "weight of the KL to the reference; 0: no reference is loaded")
-    aggregate: Literal["sequence", "token", "constant"] = setting(
-        "sequence", "mean over completions (GRPO), over tokens (DAPO), over a constant (Dr. GRPO)")
+    aggregate: Literal["sequence", "token", "constant"] = setting("sequence", "GRPO, DAPO, Dr.GRPO")
     scale_std: bool = setting(True, "advantages over the group's deviation; false: Dr. GRPO")
     mask_truncated: bool = setting(False, "completions cut by the limit count in baselines alone")
     updates_per_rollout: int = setting(1, "optimizer updates on a rollout; 1: the ratio is 1")
@@ -124,7 +118,6 @@ class Config:
     eval_rows: int = setting(100, "held-out rows of each kind, at most")
     save_every: int = setting(50, "steps between checkpoints, two are kept; 0: only final/")
     report_to: Literal["", "tensorboard", "wandb"] = setting("", "send metrics there, too")
-
 
 HUB = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl", verifier="math_verify",
            microbatch_tokens=16384, gradient_checkpointing=True)
@@ -142,7 +135,6 @@ PRESETS = {
                max_new_tokens=2048, judge_max_new_tokens=1024, rollout_tokens=524288),
 }
 
-
 @dataclass
 class Completion:
     """One sampled answer or judgement, and what the step finds out about it."""
@@ -155,7 +147,6 @@ class Completion:
     counts: bool = False  # in the loss
     ref_logprobs: Tensor | None = None  # [len], of the frozen reference
     old_logprobs: Tensor | None = None  # [len], of the policy before its first update on them
-
 
 @dataclass
 class Group:
@@ -174,11 +165,9 @@ class Group:
 BOX = "Think step by step, then put your final answer within \\boxed{}."
 SHORTEST = 40  # characters that a cut response keeps at least: less would be all marker
 
-
 def break_apart(text: str, pattern: re.Pattern) -> str:
     """A space behind the first character of a match: it reads the same and delimits no more."""
     return pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text)
-
 
 @functools.lru_cache(maxsize=4)
 def delimiters(tokenizer) -> re.Pattern:
@@ -190,7 +179,6 @@ def delimiters(tokenizer) -> re.Pattern:
             found.append(re.escape(token.content))
     return re.compile("|".join(sorted(found, key=len, reverse=True)) or "(?!)")
 
-
 def encode(tokenizer, messages: list[dict]) -> list[int]:
     """Chat messages -> prompt ids [P]. Only the template writes delimiters; data's are broken."""
     clean, pattern = [], delimiters(tokenizer)
@@ -200,11 +188,9 @@ def encode(tokenizer, messages: list[dict]) -> list[int]:
     text = tokenizer.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False).input_ids
 
-
 def without_thoughts(text: str) -> str:
     """The answer: what stands behind the last </think>."""
     return text.rpartition("</think>")[2]
-
 
 def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> list[dict]:
     """The one judge prompt of training, self-scoring and evaluation, as chat messages. Labels
@@ -235,10 +221,8 @@ def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> li
               "and write nothing after it."]
     return [{"role": "user", "content": "\n".join(parts)}]
 
-
 # a number from 1 to 10, decimals allowed: the range check is part of the grammar
 SCORE_LINE = re.compile(r"([A-Z]): ([1-9](?:\.[0-9]+)?|10(?:\.0+)?)")
-
 
 def parse_scores(text: str, n: int) -> list[float] | None:
     """Scores in label order from the *last* block, at the very end of the judge's completion; None
@@ -259,17 +243,14 @@ def parse_scores(text: str, n: int) -> list[float] | None:
             found[match[1]] = float(match[2])
     return [found[label] for label in LABELS[:n]] if set(found) == set(LABELS[:n]) else None
 
-
 def verifiable_group(row, tokenizer, rng, config) -> Group:
     *earlier, last = row["prompt"]
     last = last | {"content": f"{last['content']}\n{BOX}"}
     ids = encode(tokenizer, [*earlier, last])
     return Group(row, ids, config.max_new_tokens, truth=row["answer"])
 
-
 def open_group(row, tokenizer, rng, config) -> Group:
     return Group(row, encode(tokenizer, row["prompt"]), config.max_new_tokens)
-
 
 def judge_group(row, texts: list[str], shown: list[int], tokenizer, rng, config) -> Group:
     """A judge prompt about those of `texts` that are `shown`, in this order. Long ones lose their
@@ -286,7 +267,6 @@ def judge_group(row, texts: list[str], shown: list[int], tokenizer, rng, config)
                 responses[i] = f"{text[: keep // 2]} [... cut ...] {text[-keep // 2 :]}"
     return Group(row, ids, config.judge_max_new_tokens, shown=shown, responses=responses)
 
-
 def preference_group(row, tokenizer, rng, config, shown: list[int] | None = None) -> Group:
     """A judge prompt in random order (or as `shown`): the stored one must not leak the truth."""
     scores, size = row["scores"], min(len(row["scores"]), config.list_size)
@@ -299,7 +279,6 @@ def preference_group(row, tokenizer, rng, config, shown: list[int] | None = None
         by_text.setdefault(text, []).append(scores[place])
     group.truth = [statistics.fmean(by_text[text]) for text in group.responses]
     return group
-
 
 def format_groups(rows: list[dict], seed: str, tokenizer, config, ranks: "Ranks") -> list[Group]:
     """This rank's share of the rows. The random generator belongs to the row's place in the batch,
@@ -322,7 +301,6 @@ class Actor:
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-
 def rollout(actor: Actor, groups: list[Group], n: int, temperature: float, config, progress=""):
     """Fill every group with n completions. Their texts serve the rewards alone."""
     prompts, limits = [group.prompt_ids for group in groups], [group.limit for group in groups]
@@ -332,7 +310,6 @@ def rollout(actor: Actor, groups: list[Group], n: int, temperature: float, confi
         group.completions = completions
         for completion in completions:
             completion.text = actor.text(completion.ids)
-
 
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperature: float,
@@ -356,10 +333,9 @@ def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperatu
     model.train(was_training)
     return [results[i] for i in range(len(prompts))]
 
-
 def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Completion]]:
     """A batch of `sample`: a prompt runs once, `model.generate` goes on n times from its cache."""
-    width, device = max(map(len, prompts)), model.get_input_embeddings().weight.device
+    width, device = max(map(len, prompts)), model.device
     # padding stands on the left; the mask says where it is, so its id is free
     padded_left = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
     ids = torch.tensor(padded_left, device=device).repeat_interleave(n, 0)  # [B * n, P]
@@ -394,7 +370,6 @@ def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Comp
         completions.append(Completion(tokens, truncated, logprobs[i, : len(tokens)]))
     return [completions[i : i + n] for i in range(0, len(completions), n)]
 
-
 class Sampler:
     """The logits processor that draws each token and keeps its log-prob at temperature T (0:
     greedy). It leaves generate() one candidate, whose own draw would take a random number for every
@@ -419,7 +394,6 @@ class Sampler:
 # ================================================================================ 3 Reward
 UNPARSABLE = -1.5  # below the worst ranking (-1): wrong and unparsable ones still teach the form
 
-
 def ranking_reward(scores: list[float] | None, truth: list[float]) -> float:
     """(concordant - discordant) / pairs that the truth orders, in [-1, 1]: tau-a over those pairs,
     Somers' D if the truth has ties. A tie on an ordered pair counts 0, never NaN. None: -1.5.
@@ -439,22 +413,19 @@ def ranking_reward(scores: list[float] | None, truth: list[float]) -> float:
                 agreement += (scores[i] > scores[j]) - (scores[i] < scores[j])
     return agreement / pairs if pairs else 0.0
 
-
 # How KINDS pays: (groups of one kind, referee, config, rng) -> every completion has its reward
-def reward_answers(groups: list[Group], referee: Actor, config: Config, rng: random.Random):
+def reward_answers(groups: list[Group], referee: Actor, config, rng):
     for group in groups:
         for completion in group.completions:
             completion.reward = VERIFIERS[config.verifier](completion.text, group.truth)
 
-
-def reward_judgements(groups: list[Group], referee: Actor, config: Config, rng: random.Random):
+def reward_judgements(groups: list[Group], referee: Actor, config, rng):
     for group in groups:
         for completion in group.completions:
             scores = parse_scores(completion.text, len(group.truth))
             completion.reward = ranking_reward(scores, group.truth)
 
-
-def reward_by_referee(groups: list[Group], referee: Actor, config: Config, rng: random.Random):
+def reward_by_referee(groups: list[Group], referee: Actor, config, rng):
     """Self-judging: the referee is shown random sub-lists of every group, all in one greedy
     rollout. These judgements are data for the reward, never trained on: they have no truth."""
     questions = []
@@ -469,12 +440,10 @@ def reward_by_referee(groups: list[Group], referee: Actor, config: Config, rng: 
         for completion, reward in zip(group.completions, ranks_given(group, config.open_reward)):
             completion.reward = reward
 
-
 def answered(group: Group) -> list[int]:
     """Which completions are not empty: an empty one ranks last without being asked about."""
     texts = [without_thoughts(completion.text) for completion in group.completions]
     return [i for i, text in enumerate(texts) if text.strip()]
-
 
 def sub_lists(members: list[int], size: int, rounds: int, rng: random.Random) -> list[list[int]]:
     """Random lists of about `size`, never of one. A round shows each member once, mostly in a place
@@ -484,16 +453,14 @@ def sub_lists(members: list[int], size: int, rounds: int, rng: random.Random) ->
     for _ in range(rounds if count else 0):
         mixed = rng.sample(members, len(members))
         for part in (mixed[i::count] for i in range(count)):
-            orders = [rng.sample(part, len(part)) for _ in range(8)]  # eight tries: mostly new places
+            orders = [rng.sample(part, len(part)) for _ in range(8)]  # tries: mostly one is new
             lists.append(min(orders, key=lambda order: len(seen & set(enumerate(order)))))
             seen |= set(enumerate(lists[-1]))
     return lists
 
-
 def ranks_given(group: Group, how: str) -> list[float]:
     """A response's mean pairwise win over the lists that parsed, in [-1, 1]: the referee learns
-    order, its magnitudes mean little. NaN without a list, and for all if fewer than two have one.
-    """
+    order, magnitudes mean little. NaN without a list, and for all if fewer than two have one."""
     wins: list[list[float]] = [[-1.0] for _ in group.completions]  # an empty one loses
     for i in answered(group):
         wins[i] = [1.0] if len(answered(group)) == 1 else []  # the only answer beats the empty ones
@@ -506,13 +473,11 @@ def ranks_given(group: Group, how: str) -> list[float]:
     rewards = [statistics.fmean(of_one) if of_one else math.nan for of_one in wins]
     return rewards if sum(map(math.isfinite, rewards)) >= 2 else [math.nan] * len(rewards)
 
-
 @dataclass(frozen=True)
 class Kind:
     """A kind of task: its prompts (row -> Group), and what pays its groups."""
     group: Callable[..., Group]
     pay: Callable[..., None]
-
 
 # A new kind of task is one line here, and its number in --mix, in this order.
 KINDS = {"verifiable": Kind(verifiable_group, reward_answers),
@@ -542,7 +507,6 @@ def group_advantages(rewards: Tensor, scale_std: bool = True) -> Tensor:
     highest = rewards.where(finite, -math.inf).amax(1, keepdim=True)
     lowest = rewards.where(finite, math.inf).amin(1, keepdim=True)
     return advantages.where(highest > lowest, 0)
-
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2,
               clip_high=0.2, kl_coef=0.0, aggregate="sequence", denominator=None):
@@ -585,7 +549,6 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
 # ================================================================================ 5 Log-probs
 HEAD_CHUNK = 512  # completion tokens that meet the lm_head at once: [512, 152k] float32 is 0.3 GB
 
-
 @dataclass
 class Row:
     """One row of a forward: a prompt, and some of its completions behind it."""
@@ -594,7 +557,6 @@ class Row:
 
     def __len__(self):
         return len(self.prompt) + sum(len(c.ids) for c in self.completions)
-
 
 def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> list[list[Row]]:
     """(prompt, completions) -> micro-batches of rows. A long prompt is computed once for all of its
@@ -612,7 +574,6 @@ def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> l
             batches.append([])
         batches[-1].append(row)
     return batches
-
 
 def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """-> ids [R, L], positions [R, L], mask [R, 1, L, L] or None; and for each completion token the
@@ -645,7 +606,6 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
     targets = torch.tensor(targets, dtype=torch.long, device=device)
     return ids.to(device), positions.to(device), mask, sources, targets
 
-
 def token_logprobs(model, ids, positions, mask, sources, targets, prompt_length, temperature):
     """Log-probs [tokens] of `targets`. Only completion positions meet the lm_head, in chunks which
     backward computes again: [tokens, V] never exists. In all rows the first `prompt_length` places
@@ -664,20 +624,17 @@ def token_logprobs(model, ids, positions, mask, sources, targets, prompt_length,
         chunks.append(checkpoint(chunk_logprobs, h, t, use_reentrant=False))
     return torch.cat(chunks)
 
-
 def row_logprobs(model, rows: list[Row], temperature: float) -> list[Tensor]:
     """One forward -> float32 log-probs [len] of each completion, in the order of the rows."""
     if not hasattr(model, "token_logprobs"):
         model.token_logprobs = MethodType(token_logprobs, model)
-    inputs = packed_inputs(rows, model.get_input_embeddings().weight.device)
+    inputs = packed_inputs(rows, model.device)
     shortest = min(len(row.prompt) for row in rows)
     flat = model.token_logprobs(*inputs, shortest, temperature)
     return list(flat.split([len(completion.ids) for completion in completions_of(rows)]))
 
-
 def completions_of(rows: list[Row]) -> list[Completion]:
     return [completion for row in rows for completion in row.completions]
-
 
 def completion_logprobs(model, prompt_ids: list[int], completions: list[list[int]],
                         temperature: float = 1.0) -> list[Tensor]:
@@ -689,16 +646,13 @@ def completion_logprobs(model, prompt_ids: list[int], completions: list[list[int
 # ================================================================================ 6 One step
 SUMS = ("loss", "grad_norm", "tokens", "clip_fraction", "kl", "entropy", "logprob_gap", "skipped")
 
-
 def padded(tensors: list[Tensor]) -> Tensor:
     return pad_sequence(tensors, batch_first=True)  # tensors [len] -> [B, T]
-
 
 def keep_logprobs(model, batch: list[Row], name: str, temperature: float):
     """What stays the same during the updates of a step, noted in the completions."""
     for completion, logprobs in zip(completions_of(batch), row_logprobs(model, batch, temperature)):
         setattr(completion, name, logprobs)
-
 
 def batch_loss(model, batch: list[Row], denominator: float, config) -> tuple[Tensor, dict]:
     """What a micro-batch adds to the loss of the step -> (loss, sums of metrics)."""
@@ -719,7 +673,6 @@ def batch_loss(model, batch: list[Row], denominator: float, config) -> tuple[Ten
     sampled = padded([c.sampled_logprobs for c in completions]).to(mask.device)
     gap = (logprobs.detach() - sampled).abs() * mask
     return loss, metrics | {"loss": loss.item(), "logprob_gap": gap.sum().item()}
-
 
 def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[dict], step: int,
               config: Config, ranks: "Ranks") -> tuple[list[Group], dict[str, float]]:
@@ -825,14 +778,13 @@ def observations(group: Group) -> list[tuple[str, float]]:
             for label, score in zip(LABELS, scores):
                 see(f"slot_score_{label}", score)
 
-    if kind == "open" and group.row.get("source") == "tiny":  # the truth is known: no reward sees it
+    if kind == "open" and group.row.get("source") == "tiny":  # truth is known; no reward sees it
         asked = group.row["prompt"][-1]["content"]
         quality = [tiny_quality(asked, c.text) for c in group.completions]
         see("true_quality", *quality)
         if len(rewards) == len(quality) and len(set(quality)) > 1:
             see("reward_tau", ranking_reward(rewards, quality))
     return seen
-
 
 def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") -> dict[str, float]:
     """Held-out scores at temperature 1 and greedy (`_greedy`); judge lists in a random order and in
@@ -865,7 +817,6 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
             metrics[f"{name}_n"] = len(values)
     return metrics
 
-
 def mean_and_error(values: list[tuple[float, str]]) -> tuple[float, float]:
     """(value, cluster) pairs -> mean, and its standard error with a cluster as the unit, for values
     of one prompt are alike. NaN for a single cluster."""
@@ -875,8 +826,7 @@ def mean_and_error(values: list[tuple[float, str]]) -> tuple[float, float]:
     count, squares = len(residuals), sum(residual**2 for residual in residuals.values())
     return mean, math.sqrt(squares * count / (count - 1)) / len(values) if count > 1 else math.nan
 
-
-# What is wrong, and what helps; true on metrics `m`, beside the `first` value of each in the run
+# What is wrong and what helps: true on metrics `m`, beside the `first` value of each in the run
 ALARMS = {
     "judgements do not parse: data_prep.py --warm_up, or a longer --judge_max_new_tokens":
         lambda m, first: m.get("parse_rate/preference", 1) < 0.5,
@@ -884,21 +834,15 @@ ALARMS = {
         lambda m, first: m.get("flat/open", 0) > 0.8,
     "scores follow the length of responses: add lists in which the longer one is worse":
         lambda m, first: m.get("length_tau/open", 0) > 0.8,
-    "open responses have doubled: look in samples.jsonl for padding that the referee likes":
-        lambda m, first: m.get("length/open", 0) > 2 * first.get("length/open", math.inf),
-    "half of the completions are cut: raise --max_new_tokens or --judge_max_new_tokens":
+    "half of the answers are cut: raise --max_new_tokens":
         lambda m, first: max(m.get(f"truncated/{kind}", 0) for kind in KINDS) > 0.5,
-    "problems are solved always or never: take easier, harder or more varied ones":
-        lambda m, first: m.get("flat/verifiable", 0) > 0.9,
-    "sampler and trainer disagree: the model has other log-probs with its cache than without":
-        lambda m, first: m.get("logprob_gap", 0) > 0.1,  # nats a token
-    "the referee gets worse, so the policy may fool it: more preference rows, a larger --kl_coef":
-        lambda m, first: first.get("eval/referee_accuracy", 0) - m.get("eval/referee_accuracy", 1)
-        > 0.05,
+    "sampler and trainer disagree: other log-probs with the cache than without (nats a token)":
+        lambda m, first: m.get("logprob_gap", 0) > 0.1,
+    "the referee gets worse, so the policy may be fooling it: more preference rows, --kl_coef":
+        lambda m, first: m.get("eval/referee_tau", 1) < first.get("eval/referee_tau", 0) - 0.1,
 }
 
-
-# =========================================================================== 8 Ranks and checkpoints
+# ========================================================================== 8 Ranks and checkpoints
 LONGEST_WAIT = timedelta(minutes=30)  # of a rank for the others: a rollout, a slow disk
 # What backward finds kept without --gradient_checkpointing: matrix products and sdpa's kernels. The
 # elementwise rest is computed again: half the memory for a few per cent of the time.
@@ -909,7 +853,6 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DUMMY = Completion([0], sampled_logprobs=torch.zeros(1), ref_logprobs=torch.zeros(1),
                    old_logprobs=torch.zeros(1))
 
-
 class Ranks:
     """All that knows about torch.distributed; not part of the algorithm. One process makes the same
     calls. Under torchrun, and on a GPU always, models are sharded (FSDP2); GPUs use bfloat16."""
@@ -917,17 +860,16 @@ class Ranks:
     def __init__(self, config: Config):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.main, self.fsdp, torchrun = self.rank == 0, {}, "RANK" in os.environ
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(config.device or default)
-        cuda, shard = self.device.type == "cuda", config.shard_size or self.world
+        gpus, shard = torch.cuda.is_available(), config.shard_size or self.world
+        self.device = torch.device(config.device or ("cuda" if gpus else "cpu"))
+        cuda, chosen = self.device.type == "cuda", self.device.index
         if self.world % shard:
             raise BadInput(f"--shard_size {shard} does not divide the {self.world} ranks")
-        if cuda and (default == "cpu" or (torchrun and self.device.index is not None)):
+        if cuda and (not gpus or (torchrun and chosen is not None)):
             raise BadInput(f"--device {config.device}: no GPU here, or torchrun's to choose")
         if cuda:
-            index = self.device.index or int(os.environ.get("LOCAL_RANK", 0))
-            self.device = torch.device("cuda", index)
-            torch.cuda.set_device(index)
+            self.device = torch.device("cuda", chosen or int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
             # torch prefers cuDNN on Hopper: NaN gradients of masked rows with 64 modulo 128 places
             # (pytorch issue 196678), and a plan of 0.05 to 0.4 s for every new shape
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -971,19 +913,6 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         sums[name] = time.perf_counter() - start
-
-    def lock(self, folder: Path):
-        """One run at a time in a folder. -> rank 0's open file: the lock is gone when it is closed,
-        by the last reference to it or, however the process dies, by the kernel."""
-        file, free = open(folder / "lock", "w"), True
-        try:
-            if self.main:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
-        if not all(self.gather(free)):
-            raise BadInput(f"{folder}: another run is at work there")
-        return file
 
     def load(self, name: str, config: Config, trainable: bool):
         """A causal LM for this rank; float32 if it is trained, else the compute dtype. Never remote
@@ -1046,7 +975,6 @@ class Ranks:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         return (norm.full_tensor() if self.fsdp else norm).item()
 
-
 @contextmanager
 def in_one_line(what: str):
     """What a disk, a model folder or a template does wrong is the user's to mend: no traceback."""
@@ -1056,7 +984,6 @@ def in_one_line(what: str):
         if isinstance(error, dcp.CheckpointException):  # of the first rank that failed
             error = next(iter(error.failures.values()))[0]
         raise BadInput(f"{what}: {str(error).strip().splitlines()[0][:200]}")
-
 
 def read_weights(model, name: str, ranks: Ranks):
     """Fill a model without values from safetensors: a rank reads its own shard of each tensor."""
@@ -1080,7 +1007,6 @@ def read_weights(model, name: str, ranks: Ranks):
         tensor._is_hf_initialized = True
     model.init_weights()  # of transformers: what no file holds (rotary frequencies), and ties
 
-
 def check_packing(model):
     """Packed rows are exact if every layer has full attention. Tried on ids from the middle of the
     vocabulary: at its start stand special tokens, whose logits may be huge and inexact."""
@@ -1094,41 +1020,34 @@ def check_packing(model):
             gaps.append((exact[range(16), ids] - got).abs().mean().item())
     limit = 1e-3 if logits.dtype == torch.float32 else 0.1  # nats: a wrong mask is off by more
     if not max(gaps) < limit:  # nor is NaN
-        raise BadInput(f"{model.config.model_type}: packed and plain log-probs differ by "
-                       f"{max(gaps):.3f} nats: every layer needs full attention")
-
+        raise BadInput(f"{model.config.model_type}: packed log-probs are off by {max(gaps)} nats")
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete ones, oldest first: torch flushes all other files before it names `.metadata`."""
     complete = [path.parent for path in folder.glob("step-*/.metadata")]
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
-
 def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks):
     """A kill or a full disk at any moment leaves the older ones alone."""
-    weights, state = dcp_state.get_state_dict(model, optimizer)
+    state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
     with in_one_line(f"{folder}: step {step} is not saved, older ones are intact"):
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / f"step-{step}",
-                 no_dist=ranks.world == 1)
+        dcp.save(state, checkpoint_id=folder / f"step-{step}", no_dist=ranks.world == 1)
     if ranks.main:
-        kept = checkpoints(folder)[-2:]
-        for old in set(folder.glob("step-*")) - set(kept):
+        for old in set(folder.glob("step-*")) - set(checkpoints(folder)[-2:]):
             (old / ".metadata").unlink(missing_ok=True)  # first: half of a checkpoint is none
             shutil.rmtree(old)
     ranks.gather(None)
 
-
 def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
     """Load the newest checkpoint in place, on any number of ranks -> its step; 0 without one."""
-    if not (saved := checkpoints(folder)):
-        return 0
-    weights, state = dcp_state.get_state_dict(model, optimizer)
-    with in_one_line(f"{saved[-1]}: damaged, or of another model"):
-        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=saved[-1],
-                 no_dist=ranks.world == 1)
-    dcp_state.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    return int(saved[-1].name.removeprefix("step-"))
-
+    for newest in checkpoints(folder)[-1:]:
+        state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
+        with in_one_line(f"{newest}: damaged, or of another model"):
+            dcp.load(state, checkpoint_id=newest, no_dist=ranks.world == 1)
+        dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"],
+                                 optim_state_dict=state["optimizer"])
+        return int(newest.name.removeprefix("step-"))
+    return 0
 
 def export(policy: Actor, folder: Path, ranks: Ranks):
     """An ordinary Hugging Face folder of float32 weights, written beside and renamed."""
@@ -1163,33 +1082,30 @@ def load_config(name: str):
             raise BadInput(f"{name}: {config.model_type} with {problem}: cannot be trained here")
     return config
 
-
 def load_tokenizer(name: str):
     """-> tokenizer, the model's context in tokens."""
     config = load_config(name)
     with in_one_line(f"{name}: no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if not tokenizer.chat_template:
-        raise BadInput(f"{name}: its tokenizer has no chat template")
-    if len(tokenizer) > config.vocab_size:
-        raise BadInput(f"{name}: {len(tokenizer)} tokens, but {config.vocab_size} embeddings")
+        if not tokenizer.chat_template:
+            raise ValueError("it has no chat template")
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"{len(tokenizer)} tokens, but {config.vocab_size} embeddings")
     return tokenizer, config.max_position_embeddings
 
-
 def load_actor(name: str, config: Config, ranks: Ranks, trainable: bool) -> Actor:
-    """What ends its completions: the model's stop tokens, the tokenizer's, and --stop_tokens."""
+    """Its completions end at the model's stop tokens, the tokenizer's EOS, and --stop_tokens."""
     tokenizer, _ = load_tokenizer(name)
     model = ranks.load(name, config, trainable)
     of_model = model.generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+    ids = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
     for token in filter(None, config.stop_tokens.split(",")):
-        ids.append(tokenizer.convert_tokens_to_ids(token))
-        if ids[-1] in (None, tokenizer.unk_token_id):
+        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise BadInput(f"--stop_tokens: {token!r} is not a token of this tokenizer")
-    if not any(stop_ids := set(ids) - {None}):
+        ids.add(tokenizer.convert_tokens_to_ids(token))
+    if not ids - {None}:
         raise BadInput(f"{name} names no stop token (eos_token_id): give one with --stop_tokens")
-    return Actor(model, tokenizer, sorted(stop_ids))
-
+    return Actor(model, tokenizer, sorted(ids - {None}))
 
 def prepare_rows(config: Config, tokenizer, context: int, ranks: Ranks):
     """-> training rows by kind, held-out rows, prompts of each kind in a step; or BadInput."""
@@ -1197,26 +1113,25 @@ def prepare_rows(config: Config, tokenizer, context: int, ranks: Ranks):
     if tiny and ranks.main and not Path(config.data).exists():
         make_tiny(Path(config.data).parent)
     ranks.gather(None)  # the file is there
-    numbers = config.mix.split(":")
-    if len(numbers) != len(KINDS) or not all(map(str.isdecimal, numbers)) or not any(map(int, numbers)):
+    shares = r"(?=.*[1-9])(\d+:){%d}\d+" % (len(KINDS) - 1)  # not all of them 0
+    if not re.fullmatch(shares, config.mix):
         raise BadInput(f"--mix {config.mix}: expected {':'.join(KINDS)} as whole numbers")
-    counts = {kind: int(number) for kind, number in zip(KINDS, numbers) if int(number)}
-    rows, held_out, by_kind, few = load_rows(config.data, KINDS), [], {}, []
+    counts = {kind: int(number) for kind, number in zip(KINDS, config.mix.split(":"))}
+    rows, held_out, by_kind = load_rows(config.data, KINDS), [], {}
     if config.eval_data and config.eval_every:
         held_out = load_rows(config.eval_data, KINDS)
     check_prompts(rows + held_out, tokenizer, config, context)
-    for kind in KINDS:
+    few = []
+    for kind, count in counts.items():
         few += [row for row in held_out if row["kind"] == kind][: config.eval_rows]
-        if kind in counts:
-            by_kind[kind] = [row for row in rows if row["kind"] == kind]
-            if not by_kind[kind]:
-                raise BadInput(f"{config.data}: no rows of kind {kind}, as --mix {config.mix} wants")
+        by_kind[kind] = [row for row in rows if row["kind"] == kind]
+        if count and not by_kind[kind]:
+            raise BadInput(f"{config.data}: no rows of kind {kind}, but --mix {config.mix}")
     return by_kind, few, counts
 
-
 def check_prompts(rows: list[dict], tokenizer, config: Config, context: int):
-    """BadInput for a prompt that the chat template refuses, or that is too long beside its completion
-    or in its judge prompt. What is surely short is tried once for each order of roles."""
+    """BadInput for a prompt that the chat template refuses, or that is too long for its completion
+    or for its judge prompt. What is surely short is tried once for each order of roles."""
     tried, room = set(), min(context - config.max_new_tokens, config.judge_prompt_tokens)
     hard = ["\U0001f9ff" * SHORTEST] * (config.list_size + 1)  # responses that no cut makes shorter
     for row in rows:
@@ -1225,7 +1140,7 @@ def check_prompts(rows: list[dict], tokenizer, config: Config, context: int):
         if roles in tried and 4 * len(str(row["prompt"])) + 4000 < room:
             continue
         tried.add(roles)
-        with in_one_line(f"{row['line']}: prompt (--judge_prompt_tokens, data_prep.py --max_chars)"):
+        with in_one_line(f"{row['line']}: prompt (data_prep.py --max_chars)"):
             group = KINDS[row["kind"]].group(row, tokenizer, random.Random(0), config)
             if row["kind"] == "open":
                 judge_group(row, hard, list(range(len(hard))), tokenizer, random.Random(0), config)
@@ -1233,8 +1148,7 @@ def check_prompts(rows: list[dict], tokenizer, config: Config, context: int):
                 raise ValueError(f"{len(group.prompt_ids)} tokens, but the context of {context} "
                                  f"leaves {context - group.limit} beside the completion")
 
-
-def batch_rows(by_kind: dict[str, list], counts: dict[str, int], seed: int, step: int) -> list[dict]:
+def batch_rows(by_kind: dict[str, list], counts: dict[str, int], seed: int, step: int):
     """The rows of a step: a function of (seed, step), so resume needs no replay; epochs by kind."""
     batch = []
     for kind, count in counts.items():
@@ -1244,24 +1158,24 @@ def batch_rows(by_kind: dict[str, list], counts: dict[str, int], seed: int, step
             batch.append(by_kind[kind][order[offset]])
     return batch
 
-
 @functools.lru_cache(maxsize=16)  # one permutation for each kind and epoch in use
 def shuffled(n: int, key: str) -> list[int]:
     return random.Random(key).sample(range(n), n)
 
-
 class Log:
-    """What rank 0 writes (metrics.jsonl, samples.jsonl, log.txt) and says. A resumed run appends."""
+    """What rank 0 writes (metrics.jsonl, samples.jsonl, log.txt) and says; resumed, it appends."""
 
     def __init__(self, folder: Path, config: Config, start: int, main: bool):
         self.folder, self.main, self.track = folder, main, lambda m: None
         self.first, self.evals, self.alarmed = {}, [], set()
         if not main:
             return
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        for path in (folder / "samples.jsonl", folder / "metrics.jsonl"):  # repeat no step
-            lines = path.read_text().split("\n")[:-1] if start and path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
+        self.write("config.json", json.dumps(asdict(config), indent=2), "w")
+        for name in ("samples.jsonl", "metrics.jsonl"):  # keep what came before, repeat no step
+            path, kept = folder / name, []
+            if start and path.exists():
+                lines = path.read_text().split("\n")[:-1]  # the last: nothing, or half a line
+                kept = [line for line in lines if json.loads(line)["step"] <= start]
             path.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
             path.with_suffix(".tmp").replace(path)
         for line in kept:
@@ -1275,19 +1189,20 @@ class Log:
             run = wandb.init(project="urpo", name=folder.name, config=asdict(config))
             self.track = lambda m: run.log(m, step=m["step"])
 
+    def write(self, name: str, line: str, mode: str = "a"):
+        if self.main:
+            with open(self.folder / name, mode, encoding="utf-8") as file:
+                file.write(line + "\n")
+
     def say(self, text: str, aloud: bool = True):
         self.write("log.txt", text)
         if self.main and aloud:
             tqdm.write(text)
 
-    def write(self, name: str, line: str):
-        if self.main:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-
     def remember(self, m: dict):
         self.first = m | self.first
-        self.evals += [m] if "loss" not in m else []
+        if "loss" not in m:
+            self.evals.append(m)
 
     def metrics(self, m: dict):
         """One line in five is said aloud, an alarm once."""
@@ -1295,48 +1210,44 @@ class Log:
         self.write("metrics.jsonl", json.dumps(m))
         self.track(m)
         if "loss" in m:
-            rewards = [f"{kind} {m[f'reward/{kind}']:+.3f}" for kind in KINDS if f"reward/{kind}" in m]
-            self.say(f"step {m['step']}: reward {' '.join(rewards)} | loss {m['loss']:+.4f} "
-                     f"kl {m['kl']:.4f} grad {m['grad_norm']:.2f} entropy {m['entropy']:.2f} | "
-                     f"{m['seconds']:.1f} s", aloud=m["step"] % 5 == 1)
+            rewards = " ".join(f"{k} {m.get(f'reward/{k}', math.nan):+.3f}" for k in KINDS)
+            self.say(f"step {m['step']}: reward {rewards} | loss {m['loss']:+.4f} kl {m['kl']:.4f} "
+                     f"grad {m['grad_norm']:.2f} entropy {m['entropy']:.2f} | {m['seconds']:.1f} s",
+                     aloud=m["step"] % 5 == 1)
         for text, rings in ALARMS.items():
             if rings(m, self.first):
                 self.say(f"  ! step {m['step']}: {text}", aloud=text not in self.alarmed)
                 self.alarmed.add(text)
 
     def samples(self, step: int, groups: list[Group]):
-        """The first group of each kind to samples.jsonl; its first completion is said."""
-        for kind in KINDS:
-            for group in [group for group in groups if group.row["kind"] == kind][:1]:
-                judged = []
-                for question in group.judged:
-                    [said] = question.completions
-                    scores = parse_scores(said.text, len(question.shown))
-                    judged.append({"shown": question.shown, "critique": said.text, "scores": scores})
-                for c in group.completions:
-                    reward = c.reward if math.isfinite(c.reward) else None
-                    self.write("samples.jsonl", json.dumps({
-                        "step": step, "kind": kind, "prompt": group.row["prompt"],
-                        "responses": group.responses, "truth": group.truth, "completion": c.text,
-                        "reward": reward, "judged": judged}, ensure_ascii=False))
-                asked, c = group.row["prompt"][-1]["content"], group.completions[0]
-                self.say(f"  {kind:<10} {c.reward:+.2f} | {asked[-50:]!r} -> {c.text[-90:]!r}")
+        """The first group of each kind to samples.jsonl; one of its completions is said."""
+        firsts = {group.row["kind"]: group for group in reversed(groups)}
+        for group in [firsts[kind] for kind in KINDS if kind in firsts]:
+            judged = []
+            for question in group.judged:
+                critique = question.completions[0].text
+                scores = parse_scores(critique, len(question.shown))
+                judged.append({"shown": question.shown, "critique": critique, "scores": scores})
+            line = {"step": step, "kind": group.row["kind"], "prompt": group.row["prompt"],
+                    "responses": group.responses, "truth": group.truth, "judged": judged}
+            for c in group.completions:
+                line["completion"] = c.text
+                line["reward"] = c.reward if math.isfinite(c.reward) else None
+                self.write("samples.jsonl", json.dumps(line, ensure_ascii=False))
+            asked = group.row["prompt"][-1]["content"][-50:]
+            self.say(f"  {line['kind']:<10} {c.reward:+.2f} | {asked!r} -> {c.text[-90:]!r}")
 
     def summary(self):
-        """Held-out scores before and after, with n and standard errors over prompts."""
-        for name in self.evals[-1] if self.evals else []:
-            if name == "step":
-                cells, n = [f"step {m['step']}" for m in (self.evals[0], self.evals[-1])], "n"
-            elif f"{name}_n" in self.evals[-1]:
-                cells = [f"{m[name]:.3f} ± {m[f'{name}_se']:.3f}" for m in (self.evals[0], self.evals[-1])]
-                n = self.evals[-1][f"{name}_n"]
-            else:
-                continue
+        """Held-out scores before and after, with standard errors over prompts, and n."""
+        runs = self.evals[:1] + self.evals[-1:]
+        heads = [f"step {m['step']}" for m in runs]
+        self.say(f"{'':<26}{heads[0]:>18}{heads[1]:>18}{'n':>8}")
+        for name in [name.removesuffix("_n") for name in self.evals[-1] if name.endswith("_n")]:
+            cells = [f"{m[name]:.3f} ± {m[f'{name}_se']:.3f}" for m in runs]
+            n = runs[-1][f"{name}_n"]
             self.say(f"{name.removeprefix('eval/'):<26}{cells[0]:>18}{cells[1]:>18}{n:>8}")
 
-
 MAX_SKIPPED = 5  # steps: one bad batch happens, five in a row do not mend themselves
-
 
 @show_traceback  # torchrun then shows the traceback of the rank that failed first
 def train(config: Config) -> Path:
@@ -1356,9 +1267,11 @@ def train(config: Config) -> Path:
     if not config.resume and (folder / "metrics.jsonl").exists():
         raise BadInput(f"{folder} holds a run: --resume true goes on, or give another --out")
     ranks.gather(None)  # all have looked
-    with in_one_line(f"--out {folder}"):
+    with in_one_line(f"--out {folder}: another run is at work there, or"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = ranks.lock(folder)  # noqa: F841  held until we return
+        lock = open(folder / "lock", "w")  # closed when we return, or by the kernel
+        if ranks.main:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     # ---- models, and the checkpoint to go on from
     policy = load_actor(config.model, config, ranks, trainable=True)
@@ -1384,8 +1297,8 @@ def train(config: Config) -> Path:
     signal.signal(signal.SIGTERM, stop)
     if held_out and not start:
         log.metrics({"step": 0, **evaluate(policy, held_out, config, ranks)})
-    skipped, steps = 0, range(start + 1, config.steps + 1)
-    for step in tqdm(steps, initial=start, total=config.steps, disable=not ranks.main):
+    skipped, last = 0, config.steps
+    for step in tqdm(range(start + 1, last + 1), initial=start, total=last, disable=not ranks.main):
         # ---- 1 to 6
         begin = time.perf_counter()
         rate = config.learning_rate * min(1.0, step / max(1, config.lr_warmup))
@@ -1397,29 +1310,28 @@ def train(config: Config) -> Path:
         # ---- what happened
         timing = {"step": step, "seconds": time.perf_counter() - begin, "learning_rate": rate}
         log.metrics(timing | step_metrics(groups, sums, ranks))
-        last = step == config.steps
-        due = config.eval_every and (last or step % config.eval_every == 0)
+        due = config.eval_every and (step == last or step % config.eval_every == 0)
         if due or (config.eval_every and step == 1):
             log.samples(step, groups)
         skipped = skipped + 1 if sums["skipped"] else 0
         if skipped == MAX_SKIPPED:
-            raise BadInput(f"step {step}: {skipped} steps without finite gradient; checkpoints hold")
+            raise BadInput(f"step {step}: no finite gradient in {skipped} steps: see checkpoints")
 
         # ---- held-out scores, checkpoint
         if held_out and due:
             log.metrics({"step": step, **evaluate(policy, held_out, config, ranks)})
         stopping = any(ranks.gather(bool(stop_signals)))
-        if stopping or (config.save_every and (last or step % config.save_every == 0)):
+        if stopping or (config.save_every and (step == last or step % config.save_every == 0)):
             save_checkpoint(folder / "checkpoints", step, policy.model, optimizer, ranks)
-        if stopping and not last:
+        if stopping and step < last:
             log.say(f"stopped by SIGTERM after step {step}: --out {folder} --resume true goes on")
             return folder
 
     export(policy, folder / "final", ranks)
-    log.summary()
+    if log.evals:
+        log.summary()
     log.say(f"the model is in {folder / 'final'}")
     return folder / "final"
-
 
 def step_metrics(groups: list[Group], sums: dict[str, float], ranks: Ranks) -> dict[str, float]:
     """The metrics of a step over all ranks, from this rank's groups and sums."""
@@ -1441,12 +1353,10 @@ def step_metrics(groups: list[Group], sums: dict[str, float], ranks: Ranks) -> d
     observed = ranks.collect([pair for group in groups for pair in observations(group)])
     return metrics | {name: statistics.fmean(values) for name, values in observed.items()}
 
-
 def parse(arguments: list[str]) -> Config:
-    """Flags over the preset's values over the defaults. Unknown and abbreviated ones are refused."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, description=__doc__,
-                                           formatter_class=raw)
+    """Flags over the preset's values over the defaults. Unknown, abbreviated ones are refused."""
+    parser = transformers.HfArgumentParser(Config, description=__doc__, allow_abbrev=False,
+                                           formatter_class=argparse.RawDescriptionHelpFormatter)
     given, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         raise BadInput(f"unknown flag {unknown[0]}; python urpo.py --help lists them all")
@@ -1476,12 +1386,11 @@ def parse(arguments: list[str]) -> Config:
 # The same numbers, sooner. Without it: DynamicCache.batch_repeat_interleave, sdpa, plain weights.
 ATTENTION = "urpo"  # transformers' name for group_attention; its own "sdpa" stays as it is
 
-
 class SharedPromptLayer(DynamicLayer):
     """A cache layer that holds the prompt of a group once, and behind it the n completions' tokens.
 
     `parts`: ordinary cache layers [1, kv heads, p, head dim] of the prompts, put on the right of P
-    places. What follows is written into its `room`: DynamicLayer copies the cache for every token."""
+    places. What follows is written into its `room`: DynamicLayer would copy all for every token."""
 
     def __init__(self, parts: list[DynamicLayer], places: int, n: int, room: int):
         super().__init__()
@@ -1506,18 +1415,16 @@ class SharedPromptLayer(DynamicLayer):
         self.keys.prompt = self.prompt  # transformers hands on keys and values alone
         return self.keys, self.values
 
-
 def prompt_cache(model, prompts: list[list[int]], n: int, room: int) -> Cache:
     """All but the last token (generate wants one) of each prompt, in one cache for n completions of
-    each with `room` for new tokens. A prompt a forward: no padding, and no more memory than that."""
-    device, parts = model.get_input_embeddings().weight.device, []
+    each, with `room` for new tokens. A prompt a forward: no padding, and no memory for more."""
+    parts = []
     for prompt in prompts:
-        cache, ids = DynamicCache(), torch.tensor([prompt[:-1]], device=device)
+        cache, ids = DynamicCache(), torch.tensor([prompt[:-1]], device=model.device)
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)  # FSDP: a root forward
         parts.append(cache.layers)
     places = max(map(len, prompts)) - 1
     return Cache(layers=[SharedPromptLayer(of_layer, places, n, room) for of_layer in zip(*parts)])
-
 
 def products(a: Tensor, b: Tensor) -> Tensor:
     """[N, M, D] x [N, T, D] -> float32 [N, M, T], as in sdpa's kernels: scores of Qwen2.5 reach
@@ -1525,7 +1432,6 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.bmm(a, b.mT, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.mT.float())
-
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, prompt_length=0, **kw):
     """sdpa for completions that share a prompt -> [B, L, heads, head dim], None.
@@ -1559,14 +1465,12 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, pro
            + torch.einsum("bnkrt,bnktd->bnkrd", weights[..., places:], value))
     return out.reshape(rows, 1, heads, size), None
 
-
 AttentionInterface.register(ATTENTION, group_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
-
 @contextmanager
 def blocked_weights(model, rows: int):
-    """On a CPU: oneDNN's copy of the weights for a rollout, in blocks for products with `rows` rows.
+    """On a CPU: oneDNN's copy of the weights for a rollout, in blocks for products of `rows` rows.
     Decoding reads all weights for a few tokens, and twice as fast from blocks."""
     linears = []
     if model.device.type == "cpu" and model.dtype == torch.float32:
@@ -1579,7 +1483,6 @@ def blocked_weights(model, rows: int):
     yield
     for module in linears:
         del module.forward  # the class's own is back
-
 
 if __name__ == "__main__":
     train(parse(sys.argv[1:]))
