@@ -1117,7 +1117,7 @@ def prepare_rows(config: Config, tokenizer, context: int, ranks: Ranks):
     if tiny and ranks.main and not Path(config.data).exists():
         make_tiny(Path(config.data).parent)
     ranks.gather(None)  # the file is there
-    if not re.fullmatch(rf"(?=.*[1-9])\d+(:\d+){{{len(KINDS) - 1}}}", config.mix):  # not all of them 0
+    if not re.fullmatch(rf"(?=.*[1-9])\d+(:\d+){{{len(KINDS) - 1}}}", config.mix):  # not all 0
         raise BadInput(f"--mix {config.mix}: expected {':'.join(KINDS)} as whole numbers")
     counts = {kind: int(number) for kind, number in zip(KINDS, config.mix.split(":"))}
     rows, held_out, by_kind = load_rows(config.data, KINDS), [], {}
