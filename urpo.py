@@ -751,9 +751,9 @@ def observations(group: Group) -> list[tuple[str, float]]:
 
     rewards = [c.reward for c in group.completions if math.isfinite(c.reward)]
     see("reward", *rewards)
+    see("flat", len(set(rewards)) < 2)  # teaches nothing
     if len(rewards) > 1:
         see("reward_std", statistics.stdev(rewards))
-        see("flat", len(set(rewards)) == 1)
     see("no_signal", *[math.isnan(c.reward) for c in group.completions])
     see("length", *[len(c.ids) for c in group.completions])
     see("truncated", *[c.truncated for c in group.completions])
@@ -1355,7 +1355,11 @@ def step_metrics(groups: list[Group], sums: dict[str, float], ranks: Ranks) -> d
     if ranks.device.type == "cuda":
         metrics["peak_cuda_mib"] = max(ranks.gather(torch.cuda.max_memory_allocated() / 2**20))
     observed = ranks.collect([pair for group in groups for pair in observations(group)])
-    return metrics | {name: statistics.fmean(values) for name, values in observed.items()}
+    for name, values in observed.items():
+        metrics[name] = statistics.fmean(values)
+        if name.startswith("flat/"):  # a kind without any signal has a reward, too
+            metrics.setdefault(name.replace("flat", "reward"), 0.0)
+    return metrics
 
 def parse(arguments: list[str]) -> Config:
     """Flags over the preset's values over the defaults. Unknown, abbreviated ones are refused."""
