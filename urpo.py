@@ -189,8 +189,8 @@ def encode(tokenizer, messages: list[dict]) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 def without_thoughts(text: str) -> str:
-    """The answer: what stands behind the last </think>."""
-    return text.rpartition("</think>")[2]
+    """The answer: what stands behind the last </think>; nothing if the thoughts never end."""
+    return re.sub(r"^\s*<think>.*", "", text.rpartition("</think>")[2], flags=re.DOTALL)
 
 def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> list[dict]:
     """The one judge prompt of training, self-scoring and evaluation, as chat messages. Labels
