@@ -7,8 +7,9 @@
 Without --preset and --model the hardware decides; --help explains each setting. data_prep.py makes
 the rows of small and 7b. SIGTERM finishes the step and saves; `--resume true` goes on.
 
-Sections 1 to 6 are the algorithm and carry the numbers of README's steps; `urpo_step` is all of it.
-Behind them: 7 what is measured, 8 ranks and checkpoints, 9 the run, 10 speed (for the clock alone).
+Sections 1 to 6 are the algorithm and carry the numbers of README's steps; `urpo_step`, at the end
+of 6, is all of it: read it first. Behind them: 7 what is measured, 8 ranks and checkpoints, 9 the
+run, 10 speed (for the clock alone).
 
 How this differs from the paper. Its full text was not at hand, so these are our choices: the judge
 prompt and its score block; tau-a, and -1.5 for a judgement that does not parse; open rewards from
@@ -37,8 +38,8 @@ from pathlib import Path
 from types import MethodType
 from typing import Callable, Literal
 
-# CPU tensors in huge pages: 5 % faster, 15 % less memory, for 500 times fewer pages are faulted in;
-# on a GPU segments that can grow, for every batch of prompts has another size
+# CPU tensors in huge pages: 5 % faster, 15 % less memory, because 500 times fewer pages fault;
+# on a GPU segments that can grow, because every batch of prompts has another size
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
@@ -71,7 +72,7 @@ def setting(default, help):
 
 @dataclass
 class Config:
-    """Every setting with its unit and its reason. The paper's are not public: all are our own."""
+    """Every setting with its unit and its reason. The paper's were not at hand: these are ours."""
     # what is trained on what
     preset: str = setting("", "tiny, small, 7b: values for what you leave out; else by hardware")
     model: str = setting("", "policy to start from: a Hugging Face folder or Hub name")
@@ -103,14 +104,14 @@ class Config:
     clip_high: float = setting(0.2, "the ratio may rise to 1 + clip_high (DAPO: 0.28)")
     kl_coef: float = setting(0.01, "weight of the KL to the reference; 0: no reference is loaded")
     aggregate: Literal["sequence", "token", "constant"] = setting("sequence", "GRPO, DAPO, Dr.GRPO")
-    scale_std: bool = setting(True, "advantages over the group's deviation; false: Dr. GRPO")
-    mask_truncated: bool = setting(False, "completions cut by the limit count in baselines alone")
+    scale_std: bool = setting(True, "advantages over the group's std; false: as Dr. GRPO")
+    mask_truncated: bool = setting(False, "a completion cut by its limit is in the baseline alone")
     updates_per_rollout: int = setting(1, "optimizer updates on a rollout; 1: the ratio is 1")
     learning_rate: float = setting(1e-6, "of AdamW, reached after lr_warmup steps")
-    lr_warmup: int = setting(5, "steps of linear warm-up: Adam's first second moments are noise")
+    lr_warmup: int = setting(5, "steps of linear warm-up: Adam's early second moments are noise")
     max_grad_norm: float = setting(1.0, "the gradient norm is clipped here")
     # memory
-    microbatch_tokens: int = setting(2048, "tokens in one training forward, padding included")
+    microbatch_tokens: int = setting(2048, "tokens in one training forward; longer rows go alone")
     gradient_checkpointing: bool = setting(False, "compute layers twice: slower, least memory")
     shard_size: int = setting(0, "ranks that share one copy of the weights (a node's); 0: all")
     # what is written
@@ -144,7 +145,7 @@ class Completion:
     text: str = ""
     reward: float = math.nan  # NaN: no signal
     advantage: float = 0.0
-    counts: bool = False  # in the loss
+    in_loss: bool = False
     ref_logprobs: Tensor | None = None  # [len], of the frozen reference
     old_logprobs: Tensor | None = None  # [len], of the policy before its first update on them
 
@@ -189,7 +190,7 @@ def encode(tokenizer, messages: list[dict]) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 def without_thoughts(text: str) -> str:
-    """The answer: what stands behind the last </think>; nothing if the thoughts never end."""
+    """The answer: what stands behind the last </think>; nothing if a <think> never ends."""
     return re.sub(r"^\s*<think>.*", "", text.rpartition("</think>")[2], flags=re.DOTALL)
 
 def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> list[dict]:
@@ -197,8 +198,8 @@ def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> li
     A, B, ... in the given order; thoughts are not shown.
 
     Responses are data: `nonce` (random, new for every prompt) marks the true delimiters, and what
-    spells a delimiter, a score block or a special token is broken apart; all else stays byte for
-    byte. The parts are joined, never formatted, so braces in data are harmless."""
+    spells one, a score block or the like of a special token is broken apart; all else stays byte
+    for byte. The parts are joined, never formatted, so braces in data are harmless."""
     forged = re.compile(rf"<\s*/?\s*scores\s*>|<\|[^|<>\s]+\|>|{re.escape(nonce)}", re.IGNORECASE)
     turns = [(m["role"].capitalize(), break_apart(m["content"], forged)) for m in messages]
     instruction = turns[0][1]
@@ -221,7 +222,7 @@ def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> li
               "and write nothing after it."]
     return [{"role": "user", "content": "\n".join(parts)}]
 
-# a number from 1 to 10, decimals allowed: the range check is part of the grammar
+# whole numbers are asked for, decimals do no harm; the range is part of the grammar
 SCORE_LINE = re.compile(r"([A-Z]): ([1-9](?:\.[0-9]+)?|10(?:\.0+)?)")
 
 def parse_scores(text: str, n: int) -> list[float] | None:
@@ -254,7 +255,7 @@ def open_group(row, tokenizer, rng, config) -> Group:
 
 def judge_group(row, texts: list[str], shown: list[int], tokenizer, rng, config) -> Group:
     """A judge prompt about those of `texts` that are `shown`, in this order. Long ones lose their
-    middle to fit --judge_prompt_tokens, the template nothing; ValueError if that is in vain."""
+    middle to fit --judge_prompt_tokens, nothing else is cut; ValueError if it is still too long."""
     nonce, budget = f"{rng.getrandbits(24):06x}", config.judge_prompt_tokens
     responses = [without_thoughts(texts[i]) for i in shown]
     keep = max(map(len, responses))  # characters of each
@@ -270,7 +271,7 @@ def judge_group(row, texts: list[str], shown: list[int], tokenizer, rng, config)
 def preference_group(row, tokenizer, rng, config, shown: list[int] | None = None) -> Group:
     """A judge prompt in random order (or as `shown`): the stored one must not leak the truth."""
     scores, size = row["scores"], min(len(row["scores"]), config.list_size)
-    while shown is None or len({scores[i] for i in shown}) == 1:  # a part that orders nothing
+    while shown is None or len({scores[i] for i in shown}) == 1:  # again if they are all tied
         shown = rng.sample(range(len(scores)), size)
     group = judge_group(row, row["responses"], shown, tokenizer, rng, config)
     # responses that look the same, now that their middle is cut, have the same truth: their mean
@@ -281,12 +282,12 @@ def preference_group(row, tokenizer, rng, config, shown: list[int] | None = None
     return group
 
 def format_groups(rows: list[dict], seed: str, tokenizer, config, ranks: "Ranks") -> list[Group]:
-    """This rank's share of the rows. The random generator belongs to the row's place in the batch,
-    not to the rank: the batch is the same on any number of ranks."""
+    """This rank's share of the rows (KINDS: section 3, Ranks: 8). The random generator belongs to
+    the row's place in the batch, not to the rank: a batch is the same on any number of ranks."""
     groups = []
     for i in range(ranks.rank, len(rows), ranks.world):
         kind = KINDS[rows[i]["kind"]]
-        groups.append(kind.group(rows[i], tokenizer, random.Random(f"{seed}/{i}"), config))
+        groups.append(kind.group(rows[i], tokenizer, random.Random(f"{seed}/row/{i}"), config))
     return groups
 
 
@@ -307,9 +308,11 @@ def rollout(actor: Actor, groups: list[Group], n: int, temperature: float, confi
     samples = sample(actor.model, prompts, n, limits, temperature, actor.stop_ids,
                      config.rollout_tokens, progress)
     for group, completions in zip(groups, samples):
+        # some chat templates open the thoughts: a completion that never ends them is no answer
+        thinking = actor.text(group.prompt_ids[-4:]).rstrip().endswith("<think>")
         group.completions = completions
         for completion in completions:
-            completion.text = actor.text(completion.ids)
+            completion.text = ("<think>" if thinking else "") + actor.text(completion.ids)
 
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperature: float,
@@ -317,7 +320,7 @@ def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperatu
     """n completions for each prompt, of at most `limits` new tokens; temperature 0 is greedy.
     A batch is as large as `max_tokens` in the cache allow: decoding costs nearly the same for few
     rows as for many. In evaluation mode; the mode is restored."""
-    # prompts of similar length share a batch: little padding. The first, its longest, is its width
+    # prompts of similar length share a batch: little padding. The first of a batch is its longest
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]), reverse=True)
     batches, results = [], {}
     while waiting:
@@ -343,13 +346,13 @@ def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Comp
     mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
     ends = width + torch.tensor(limits, device=device).repeat_interleave(n)  # a limit for each row
 
-    # the sampler draws; what is left for generate() is greedy. It fills what a call leaves unset
+    # Sampler draws, so that generate() is left one token: "greedy". What a call leaves unset comes
     # from the model's own settings (Qwen2.5: top_k 20), so for this call the model has none
     sampler, cache = Sampler(temperature), prompt_cache(model, prompts, n, max(limits))
     settings = GenerationConfig(do_sample=False, max_new_tokens=max(limits), eos_token_id=stop_ids,
                                 pad_token_id=stop_ids[0])
     kept, model.generation_config = model.generation_config, GenerationConfig()
-    with blocked_weights(model, len(ends)):
+    with blocked_weights(model, len(ends)):  # these and prompt_cache: section 10, Speed
         out = model.generate(
             ids, attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
             generation_config=settings, logits_processor=[sampler],
@@ -371,19 +374,19 @@ def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Comp
     return [completions[i : i + n] for i in range(0, len(completions), n)]
 
 class Sampler:
-    """The logits processor that draws each token and keeps its log-prob at temperature T (0:
-    greedy). It leaves generate() one candidate, whose own draw would take a random number for every
-    word of the vocabulary, a tenth of a decoding step on a CPU: here one is looked up in a sum."""
+    """The logits processor that draws each token itself, and keeps its log-prob at temperature T
+    (0: greedy, at T = 1). generate() is left one candidate: its own draw takes a random number for
+    every word, a tenth of a decoding step on a CPU. Here one is looked up in the cumulative sum."""
 
     def __init__(self, temperature: float):
         self.temperature, self.logprobs = temperature, []
 
     def __call__(self, input_ids, scores):
-        logprobs = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)  # [B, V]
+        logprobs = (scores.float() / (self.temperature or 1.0)).log_softmax(-1)  # [B * n, V]
         if self.temperature:
             sums = logprobs.exp().cumsum(-1, dtype=torch.float64)  # float32 would lose rare words
             drawn = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device) * sums[:, -1:]
-            token = torch.searchsorted(sums, drawn, right=True)  # [B, 1]
+            token = torch.searchsorted(sums, drawn, right=True)  # [B * n, 1]
             token = token.clamp(max=scores.shape[-1] - 1)  # NaN has no place: `generate` names it
         else:
             token = logprobs.argmax(-1, keepdim=True)
@@ -413,7 +416,7 @@ def ranking_reward(scores: list[float] | None, truth: list[float]) -> float:
                 agreement += (scores[i] > scores[j]) - (scores[i] < scores[j])
     return agreement / pairs if pairs else 0.0
 
-# How KINDS pays: (groups of one kind, referee, config, rng) -> every completion has its reward
+# What pays in KINDS: (groups of one kind, referee, config, rng) -> each completion has its reward
 def reward_answers(groups: list[Group], referee: Actor, config, rng):
     for group in groups:
         for completion in group.completions:
@@ -446,31 +449,33 @@ def answered(group: Group) -> list[int]:
     return [i for i, text in enumerate(texts) if text.strip()]
 
 def sub_lists(members: list[int], size: int, rounds: int, rng: random.Random) -> list[list[int]]:
-    """Random lists of about `size`, never of one. A round shows each member once, mostly in a place
-    that is new to it."""
+    """Random lists of about `size`, never of one. A round shows each member once; places that a
+    member has had are avoided, because judges like some places better."""
     count = min(math.ceil(len(members) / size), len(members) // 2)
     lists, seen = [], set()
-    for _ in range(rounds if count else 0):
+    for _ in range(rounds):
         mixed = rng.sample(members, len(members))
         for part in (mixed[i::count] for i in range(count)):
-            orders = [rng.sample(part, len(part)) for _ in range(8)]  # tries: mostly one is new
+            orders = [rng.sample(part, len(part)) for _ in range(8)]  # the best is mostly new
             lists.append(min(orders, key=lambda order: len(seen & set(enumerate(order)))))
             seen |= set(enumerate(lists[-1]))
     return lists
 
 def ranks_given(group: Group, how: str) -> list[float]:
     """A response's mean pairwise win over the lists that parsed, in [-1, 1]: the referee learns
-    order, magnitudes mean little. NaN without a list, and for all if fewer than two have one."""
-    wins: list[list[float]] = [[-1.0] for _ in group.completions]  # an empty one loses
-    for i in answered(group):
-        wins[i] = [1.0] if len(answered(group)) == 1 else []  # the only answer beats the empty ones
+    order, magnitudes mean little. NaN where no list parsed, and for all if fewer than two are left.
+    """
+    members = answered(group)
+    marks = [[] if i in members else [-1.0] for i in range(len(group.completions))]  # empty: loses
+    if len(members) == 1:
+        marks[members[0]] = [1.0]  # the only answer beats the empty ones
     for question in group.judged:
         scores = parse_scores(question.completions[0].text, len(question.shown)) or []
         for i, mine in zip(question.shown, scores):
-            beaten = sum((mine > other) - (mine < other) for other in scores)
+            net = sum((mine > other) - (mine < other) for other in scores)
             raw = (mine - 5.5) / 4.5  # 1 to 10 -> -1 to 1
-            wins[i].append(beaten / (len(scores) - 1) if how == "rank" else raw)
-    rewards = [statistics.fmean(of_one) if of_one else math.nan for of_one in wins]
+            marks[i].append(net / (len(scores) - 1) if how == "rank" else raw)
+    rewards = [statistics.fmean(of_one) if of_one else math.nan for of_one in marks]
     return rewards if sum(map(math.isfinite, rewards)) >= 2 else [math.nan] * len(rewards)
 
 @dataclass(frozen=True)
@@ -479,7 +484,7 @@ class Kind:
     group: Callable[..., Group]
     pay: Callable[..., None]
 
-# A new kind of task is one line here, and its number in --mix, in this order.
+# A new kind of task is a function or two, one line here, and its number in --mix, in this order.
 KINDS = {"verifiable": Kind(verifiable_group, reward_answers),
          "preference": Kind(preference_group, reward_judgements),
          "open": Kind(open_group, reward_by_referee)}
@@ -513,8 +518,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
     """GRPO's clipped objective with KL to a reference (DeepSeekMath, eq. 3, 4) -> (loss, metrics).
 
     [B, T] log-probs, advantages [B], mask [B, T]: 1 on completion tokens, stop token included. The
-    `denominator` counts completions ("sequence"), tokens ("token") or completions x T ("constant")
-    of the whole optimizer step, over micro-batches and ranks, for both terms; None: of this batch.
+    `denominator` counts completions ("sequence"), tokens ("token") or completions x longest allowed
+    ("constant") of the whole optimizer step, over micro-batches and ranks; None: of this batch, T.
     Metrics are sums over tokens, so that micro-batches can be added up."""
     mask = mask.to(logprobs.dtype)
     advantage = advantages.to(logprobs.dtype).unsqueeze(1)  # [B, 1]
@@ -523,7 +528,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
     per_token = -torch.min(ratio * advantage, clipped_ratio * advantage)  # [B, T]
     kl = torch.zeros_like(mask)
     if kl_coef:
-        # k3: its gradient is that of KL(ref || pi). Clamped is the log-ratio, for exp(90) is inf
+        # k3 estimates KL(pi || ref); its gradient is that of KL(ref || pi). Clamped: exp(90) is inf
         d = (ref_logprobs - logprobs).masked_fill(mask == 0, 0).clamp(-20, 20)
         kl = d.exp() - d - 1
         per_token = per_token + kl_coef * kl
@@ -542,7 +547,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
         below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
         clipped = (below & (advantage < 0)) | (above & (advantage > 0))  # min() took this side
         sums = {"tokens": mask, "clip_fraction": clipped * mask, "kl": kl * mask,
-                "entropy": -logprobs * mask}
+                "entropy": -logprobs * mask}  # of the tokens sampled
         return loss, {name: values.sum().item() for name, values in sums.items()}
 
 
@@ -559,9 +564,9 @@ class Row:
         return len(self.prompt) + sum(len(c.ids) for c in self.completions)
 
 def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> list[list[Row]]:
-    """(prompt, completions) -> micro-batches of rows. A long prompt is computed once for all of its
-    completions in a row, which take at most twice its length: under the mask each token meets the
-    whole row. Behind a short prompt they stand alone, which needs no mask."""
+    """(prompt, completions) -> micro-batches of rows. Completions of a long prompt share a row, and
+    so its computation, up to twice its length: under the mask every token meets the whole row.
+    Behind a short prompt each stands alone, and needs no mask."""
     rows = []
     for prompt, completions in groups:
         longest = max(1, *(len(c.ids) for c in completions))
@@ -570,7 +575,7 @@ def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> l
             rows.append(Row(prompt, completions[i : i + together]))
     batches: list[list[Row]] = []
     for row in sorted(rows, key=len, reverse=True):  # rows of similar length: little padding
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > max_tokens:
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > max_tokens:  # [0]: longest
             batches.append([])
         batches[-1].append(row)
     return batches
@@ -608,11 +613,11 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
 
 def token_logprobs(model, ids, positions, mask, sources, targets, prompt_length, temperature):
     """Log-probs [tokens] of `targets`. Only completion positions meet the lm_head, in chunks which
-    backward computes again: [tokens, V] never exists. In all rows the first `prompt_length` places
-    belong to prompts (section 10). A method of the model, so that FSDP can wrap it (section 8)."""
+    backward computes again: [tokens, V] never exists. The first `prompt_length` places are prompt
+    in all rows: they need no mask (section 10). FSDP wraps this as a method (section 8)."""
     out = model.base_model(ids, position_ids=positions, attention_mask=mask, use_cache=False,
                            prompt_length=prompt_length)
-    # index_select: on any number of threads its backward adds in one order, that of [sources] not
+    # index_select, not [sources]: its backward adds in one order on any number of threads
     hidden = out.last_hidden_state.flatten(0, 1).index_select(0, sources)  # [tokens, h]
 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -626,11 +631,10 @@ def token_logprobs(model, ids, positions, mask, sources, targets, prompt_length,
 
 def row_logprobs(model, rows: list[Row], temperature: float) -> list[Tensor]:
     """One forward -> float32 log-probs [len] of each completion, in the order of the rows."""
-    if not hasattr(model, "token_logprobs"):
-        model.token_logprobs = MethodType(token_logprobs, model)
     inputs = packed_inputs(rows, model.device)
     shortest = min(len(row.prompt) for row in rows)
-    flat = model.token_logprobs(*inputs, shortest, temperature)
+    forward = getattr(model, "token_logprobs", functools.partial(token_logprobs, model))
+    flat = forward(*inputs, shortest, temperature)
     return list(flat.split([len(completion.ids) for completion in completions_of(rows)]))
 
 def completions_of(rows: list[Row]) -> list[Completion]:
@@ -658,7 +662,8 @@ def batch_loss(model, batch: list[Row], denominator: float, config) -> tuple[Ten
     """What a micro-batch adds to the loss of the step -> (loss, sums of metrics)."""
     completions = completions_of(batch)
     by_completion = row_logprobs(model, batch, config.temperature)
-    mask = padded([torch.full_like(lp, c.counts) for lp, c in zip(by_completion, completions)])
+    # only the dummies of equal_count (section 8) are not in the loss here
+    mask = padded([torch.full_like(lp, c.in_loss) for lp, c in zip(by_completion, completions)])
     logprobs, ref = padded(by_completion), None  # [B, T]
     # on-policy, the old log-probs are these very ones: the ratio is 1, its gradient is not 0
     old = logprobs.detach()
@@ -678,7 +683,7 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
               config: Config, ranks: "Ranks") -> tuple[list[Group], dict[str, float]]:
     """One optimizer step on a batch of rows -> (this rank's groups, its sums of metrics)."""
     seed, sums = f"{config.seed}/{step}", dict.fromkeys(SUMS, 0.0)
-    torch.manual_seed(random.Random(f"{seed}/{ranks.rank}").getrandbits(63))
+    torch.manual_seed(random.Random(f"{seed}/sample/{ranks.rank}").getrandbits(63))
 
     # 1 Format: prompts, in groups that have no completions yet
     groups = format_groups(rows, seed, policy.tokenizer, config, ranks)
@@ -694,25 +699,25 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
                 members = [group for group in groups if group.row["kind"] == name]
                 kind.pay(members, referee, config, rng)
 
-    # 4 Advantage against the own group. In the loss is what has a signal (and, under the flag, an
-    # end); it has one denominator for the whole step, over all micro-batches and ranks
+    # 4 Advantage within each group. In the loss are completions with a signal (and, under the flag,
+    # an end), over one denominator for the whole step, all micro-batches and ranks
     for group in groups:
         rewards = torch.tensor([[completion.reward for completion in group.completions]])  # [1, G]
         [advantages] = group_advantages(rewards, config.scale_std).tolist()
         for completion, advantage in zip(group.completions, advantages):
             completion.advantage = advantage
             masked = config.mask_truncated and completion.truncated
-            completion.counts = math.isfinite(completion.reward) and not masked
-    counted = [c for group in groups for c in group.completions if c.counts]
+            completion.in_loss = math.isfinite(completion.reward) and not masked
+    counted = [c for group in groups for c in group.completions if c.in_loss]
     total = ranks.sum({"sequence": len(counted), "token": sum(len(c.ids) for c in counted)})
     longest = max(config.max_new_tokens, config.judge_max_new_tokens)
     denominator = (total | {"constant": total["sequence"] * longest})[config.aggregate]
 
-    # 5 Log-probs of reference and old policy. Without a KL term advantage 0 means gradient 0: such
-    # completions are in the denominator, but need no forward
+    # 5 Log-probs of reference and old policy. Without KL a zero advantage has zero gradient: such
+    # completions are in the denominator, but need no forward (nor are they in kl, entropy, ...)
     trained = []
     for group in groups:
-        useful = [c for c in group.completions if c.counts and (c.advantage or config.kl_coef)]
+        useful = [c for c in group.completions if c.in_loss and (c.advantage or config.kl_coef)]
         if useful:
             trained.append((group.prompt_ids, useful))
     batches = ranks.equal_count(pack(trained, config.microbatch_tokens))
@@ -728,7 +733,7 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
         for _ in range(config.updates_per_rollout if batches else 0):
             for batch in batches:
                 loss, metrics = batch_loss(policy.model, batch, denominator, config)
-                ranks.backward(policy.model, loss, last=batch is batches[-1])
+                ranks.backward(policy.model, loss, last=batch is batches[-1])  # summed over ranks
                 for name, value in metrics.items():
                     sums[name] += value / config.updates_per_rollout
             norm = ranks.clip_grad_norm(policy.model, config.max_grad_norm)
@@ -928,12 +933,12 @@ class Ranks:
             for attribute in ("p", "attention_dropout"):
                 if isinstance(getattr(module, attribute, None), float):
                     setattr(module, attribute, 0.0)
-        model.token_logprobs = MethodType(token_logprobs, model)
         if self.fsdp:
             for layer in model.base_model.layers:
                 fully_shard(layer, **self.fsdp)
             # embeddings, last norm and head: tied weights in one group; kept whole until backward
             fully_shard(model, **self.fsdp, reshard_after_forward=not trainable)
+            model.token_logprobs = MethodType(token_logprobs, model)
             register_fsdp_forward_method(model, "token_logprobs")
             if not trainable:  # only a backward clears this list, and a frozen model has none
                 model.base_model.register_forward_hook(
@@ -1136,7 +1141,7 @@ def check_prompts(rows: list[dict], tokenizer, config: Config, context: int):
     """BadInput for a prompt that the chat template refuses, or that is too long for its completion
     or for its judge prompt. What is surely short is tried once for each order of roles."""
     tried, room = set(), min(context - config.max_new_tokens, config.judge_prompt_tokens)
-    hard = ["\U0001f9ff" * SHORTEST] * (config.list_size + 1)  # responses that no cut makes shorter
+    hard = ["\U0001f9ff" * (SHORTEST + 1)] * (config.list_size + 1)  # as much as a cut may leave
     for row in rows:
         roles = (row["kind"], *[message["role"] for message in row["prompt"]])
         # a character is at most four tokens (bytes), a judge prompt's own text below 4,000
