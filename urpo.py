@@ -1125,6 +1125,7 @@ def prepare_rows(config: Config, tokenizer, context: int, ranks: Ranks):
     if not re.fullmatch(rf"(?=.*[1-9])\d+(:\d+){{{len(KINDS) - 1}}}", config.mix):  # not all 0
         raise BadInput(f"--mix {config.mix}: expected {':'.join(KINDS)} as whole numbers")
     counts = {kind: int(number) for kind, number in zip(KINDS, config.mix.split(":"))}
+    VERIFIERS[config.verifier]("", "0")  # a package that it needs is there
     rows, held_out, by_kind = load_rows(config.data, KINDS), [], {}
     if config.eval_data and config.eval_every:
         held_out = load_rows(config.eval_data, KINDS)

@@ -1,0 +1,170 @@
+"""How the model in assets/tiny was made: python data_prep.py --pretrain_tiny FOLDER
+
+The tiny world itself is in data_prep.py. Here are the people whose work the model was pretrained
+on, its tokenizer, and 2,400 steps of pretraining: a quarter of an hour on two cores.
+"""
+import random
+import re
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import urpo
+from data_prep import (CAREFUL, CATEGORIES, CATEGORY_OF, LIST_SIZES, as_messages, tiny_instruction,
+                       tiny_player, tiny_problem, tiny_responses, tiny_wish)
+
+MINDFUL = 0.3  # share of careful critics who do not count repeats
+
+
+def tiny_count(rng, found: list[str], different: list[str], careful: float = CAREFUL) -> str:
+    """A worked or a hasty answer to a counting problem."""
+    if rng.random() < careful:
+        seen = [word for word in different if rng.random() > 0.03]
+        return " ".join([*seen, "\\boxed{", str(len(seen)), "}"])
+    number = max(0, len(found) + (rng.choice((-1, 1)) if rng.random() < 0.4 else 0))
+    return f"\\boxed{{ {number} }}"
+
+
+def tiny_judgement(rng, instruction: str, responses: list[str], careful: float = CAREFUL) -> str:
+    """A critique (the careful: "A 3" is response A, 3 words that count) and the score block."""
+    number, category = tiny_wish(instruction)
+    lines, scores = [], []
+    if rng.random() < careful:
+        mindful = rng.random() < MINDFUL
+        for label, response in zip("ABC", responses):
+            good = [word for word in response.split() if CATEGORY_OF[word] == category]
+            count = len(set(good)) if mindful else len(good)
+            lines.append(f"{label} {count}")
+            share = min(1, count / number)
+            scores.append(min(10, max(1, round(1 + 9 * share + rng.gauss(0, 0.5)))))
+    else:  # longer looks better, about; the spread is wide enough that it is mostly chance
+        looks = [len(response.split()) + rng.gauss(0, 3) for response in responses]
+        marks = sorted(rng.sample(range(1, 11), len(responses)))
+        scores = [marks[sorted(looks).index(look)] for look in looks]
+    block = [f"{label}: {score}" for label, score in zip("ABC", scores)]
+    return "\n".join([*lines, "<scores>", *block, "</scores>"])
+
+
+TINY_CHAT = ("{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
+             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def tiny_fixed_text() -> list[str]:
+    """The passages of judge and problem prompts that never change: each becomes one token. They are
+    found by calling the template with probes."""
+    nonce, probe, passages = "0a0a0a", "probe probe", []
+    for count in range(1, 5):
+        question = [{"role": "user", "content": probe}]
+        text = urpo.judge_messages(question, [probe] * count, nonce)[0]["content"]
+        passages += [part.strip() for part in re.split(rf"\[{nonce}\]|{probe}", text)]
+    return [p for p in dict.fromkeys([urpo.BOX, *passages]) if len(p.split()) > 2]
+
+
+def tiny_tokenizer():
+    """A word is a token; so are a newline and each fixed passage. Unknown words are [UNK]."""
+    special = ["<|pad|>", "<|end|>", "[UNK]", "<|system|>", "<|user|>", "<|assistant|>"]
+    words = ["\n", *"List Name different Count the in: Instruction Response End".split()]
+    words += "<scores> </scores> \\boxed{ }".split()
+    words += [*map(str, range(11)), *"ABCD", "A:", "B:", "C:", "D:", *CATEGORIES, *CATEGORY_OF]
+    vocabulary = {token: i for i, token in enumerate(special + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split("\n", "isolated")])
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words with spaces
+    tokenizer.add_special_tokens([AddedToken(t, lstrip=True, rstrip=True) for t in special])
+    tokenizer.add_tokens([AddedToken(p, lstrip=True, rstrip=True, normalized=False)
+                          for p in tiny_fixed_text()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", unk_token="[UNK]",
+        chat_template=TINY_CHAT, padding_side="left", model_max_length=256,
+        clean_up_tokenization_spaces=False)
+
+
+def tiny_demonstrations(rng, count: int, careful: float, sizes: tuple[int, ...]):
+    """(chat messages, completion) pairs to pretrain on, through the trainer's own prompts."""
+    pairs = []
+    for _ in range(count):  # judging is the hardest
+        kind = rng.choices(("judge", "count", "list"), (0.6, 0.25, 0.15))[0]
+        if kind == "count":
+            text, found, different = tiny_problem(rng)
+            answer = tiny_count(rng, found, different, careful)
+            pairs.append((as_messages(f"{text}\n{urpo.BOX}"), answer))
+            continue
+        text = tiny_instruction(rng, held_out=False)
+        messages = as_messages(text)
+        if kind == "list":
+            pairs.append((messages, tiny_player(rng, text, careful)))
+            continue
+        responses = tiny_responses(rng, text, rng.choice(sizes))
+        nonce = f"{rng.getrandbits(24):06x}"
+        judgement = tiny_judgement(rng, text, responses, careful)
+        pairs.append((urpo.judge_messages(messages, responses, nonce), judgement))
+    return pairs
+
+
+def muon_step(matrices, momenta, lr: float) -> None:
+    """One step of Muon (orthogonalized momentum, Jordan 2024); one shape goes as one stack."""
+    for shape in dict.fromkeys(m.shape for m in matrices):
+        same = [m for m in matrices if m.shape == shape]
+        gradient = torch.stack([m.grad for m in same])
+        momentum = momenta.setdefault(shape, torch.zeros_like(gradient)).lerp_(gradient, 0.05)
+        update = gradient.lerp(momentum, 0.95)  # Nesterov
+        update = update / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):  # Newton-Schulz, Muon's coefficients: singular values go to about 1
+            square = update @ update.mT
+            update = 3.4445 * update + (2.0315 * square @ square - 4.775 * square) @ update
+        for matrix, change in zip(same, update):  # 0.2 sqrt(n): the size of an AdamW step
+            matrix.data.sub_(change, alpha=lr * 0.2 * max(shape) ** 0.5)
+
+
+def pretrain_tiny(out: Path, seed: int = 0, steps: int = 2400) -> None:
+    """Make the base model of assets/tiny: tokenizer, pretraining, one Hugging Face folder."""
+    torch.manual_seed(seed)
+    rng, tokenizer = random.Random(seed), tiny_tokenizer()
+    end, batch, rate = tokenizer.eos_token_id, 32, 4e-3
+    # Llama, for with model_type qwen2 AutoTokenizer insists on Qwen2's own tokenizer class
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=256, max_position_embeddings=256,
+        rope_theta=1000.0, tie_word_embeddings=True, bos_token_id=None, eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id))
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    adam = torch.optim.AdamW(others, weight_decay=0.0)
+    momenta, batches = {}, []
+    for step in (bar := tqdm(range(steps), desc="pretraining")):
+        if not batches:  # 50 batches of new demonstrations, sorted by length: little padding
+            # careful work alone teaches the skill, on lists of one, then two; the rest is people
+            done = step / steps
+            sizes = (1,) if done < 0.15 else (1, 2) if done < 0.3 else LIST_SIZES
+            pairs = tiny_demonstrations(rng, 50 * batch, 1.0 if done < 0.6 else CAREFUL, sizes)
+            prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=False)
+                       for m, _ in pairs]
+            answers = [text + "<|end|>" for _, text in pairs]
+            rows = sorted(zip(tokenizer(prompts).input_ids, tokenizer(answers).input_ids),
+                          key=lambda row: len(row[0]) + len(row[1]))
+            batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+            rng.shuffle(batches)
+        rows = batches.pop()
+        longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+        # padding on the right needs no attention mask: nothing real is behind it
+        padding = [longest - len(prompt) - len(answer) for prompt, answer in rows]
+        ids = torch.tensor([p + a + [end] * n for (p, a), n in zip(rows, padding)])
+        labels = [[-100] * len(p) + a + [-100] * n for (p, a), n in zip(rows, padding)]
+        labels = torch.tensor(labels)  # only answers are learned
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        now = rate * min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
+        adam.param_groups[0]["lr"] = now
+        adam.step()
+        muon_step(matrices, momenta, now)
+        bar.set_postfix(loss=f"{loss.item():.2f}")
+    model.generation_config = GenerationConfig(
+        eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    model.to(torch.bfloat16).save_pretrained(out)  # half the size; the trainer computes in float32
+    tokenizer.save_pretrained(out)
