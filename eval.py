@@ -1,223 +1,239 @@
-"""The paper's three scores, counted as the official evaluators count them; and curves of runs.
+"""The paper's three scores, counted as the official evaluators do; curves and samples of runs.
 
-    python eval.py alpaca      --model M [--reference outputs.json] [--judge J]     AlpacaEval 2: win rates
-    python eval.py alpaca      --annotations annotations.json          the same of what somebody has judged
-    python eval.py rewardbench --model M [--data FILE_OR_NAME ...] [--v2]                   M is the judge
-    python eval.py reasoning   --model M [--data FILE_OR_NAME ...] [--samples n]   problems with an answer
-    python eval.py all         --model A [B C ...] --judge J                  all three, one row for a model
-    python eval.py all                     without a GPU or a network: the tiny run, on the tiny world
-    python eval.py curves      runs/A runs/B [--out curves.png]                        metrics.jsonl, drawn
+    python eval.py alpaca      --model M --judge J         AlpacaEval 2: win rates
+    python eval.py alpaca      --outputs FILE --judge J    of answers from elsewhere
+    python eval.py alpaca      --annotations FILE          of judgements from elsewhere
+    python eval.py rewardbench --model M                   M is the judge; --lists: other data
+    python eval.py reasoning   --model M                   answers to --problems
+    python eval.py all         --model A B --judge J       all three, and how B differs from A
+    python eval.py all                                     no GPU, no network: the newest tiny run
+    python eval.py curves      runs/A runs/B               metrics, tabled and drawn
+    python eval.py samples     runs/A                      a page: what was paid for what
 
-M and J are model folders or Hub names. Data are FILE_OR_NAME[@CONFIG][#SPLIT] of any schema in data_prep.py;
-what is left out comes from the Hub. `torchrun --nproc_per_node N eval.py ...` splits the work over N ranks.
-A command writes OUT_DIR/NAME/COMMAND/:
+Models are folders or Hub names; data are FILE_OR_NAME[@CONFIG][#SPLIT], any schema of data_prep.py,
+or the official sets on the Hub. `torchrun --nproc_per_node N eval.py ...` shares the work. Answers
+are kept in OUT_DIR/NAME/answers: a command that was stopped goes on, and answers can be judged
+later, or by another judge. OUT_DIR/NAME/COMMAND has results.json, samples.json, official files:
+model_outputs.json, JUDGE/annotations.json (alpaca_eval), eval-set/ORG/MODEL.json (rewardbench).
 
-    results.json        every score with its standard error and n; settings, seed, versions, git hash
-    samples.jsonl       a line for every answer or judged list
-    answers-RANK.jsonl  what models said, as it comes: the same command, given again, asks for the rest only
-    alpaca              model_outputs.json and annotations.json, as the official alpaca_eval reads them
-    rewardbench         eval-set/NAME.json and eval-set-scores/NAME.json, the official formats: scale 0 to 1
-
-All else is in percent. A standard error is the deviation (ddof 1) over instructions, judged lists or
-problems, over the root of their number. --limit N, the first N of each set, is a trial, and marked so.
-
-How this differs from the official tools: a local judge, whose numbers are not GPT-4's; difficulty goes by
-instruction, not by row (the official number is shown where it differs); judge lists are shown in two orders,
-in the prompt that the referee was trained on; what is missing is called missing, not 0.
-"""
-
+How this differs from the official tools: the judge is a local model; length control has no penalty
+(within 0.1 of theirs), goes by instruction, not by row, and has an error; judge lists are shown in
+two orders, in the prompt that the referee was trained on; what is missing is missing, not 0."""
 import argparse
 import csv
 import hashlib
+import html
 import importlib.util
-import itertools
 import json
 import math
-import platform
+import os
 import random
 import re
-import shutil
 import subprocess
-import time
+import sys
+from argparse import Namespace
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
-import transformers
-from huggingface_hub import hf_hub_download
-from torch.nn.functional import softplus
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 import data_prep
 import urpo
-from urpo import BadInput, Config, Ranks
+from data_prep import BadInput
 
-
-def mean(values) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def standard_error(values) -> float:
-    """Standard deviation (ddof 1) / sqrt(n); NaN for fewer than two values: they show no spread."""
-    n, middle = len(values), mean(values)
-    return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.nan
-
-
+# ================================================================================= Scores
 class Score(NamedTuple):
-    """A number in percent and its standard error, from n instructions, lists or problems. NaN: missing."""
+    """A score in percent (NaN: missing). The squares of its `parts` add up to its squared error:
+    there is one for each independent unit, a prompt or a bootstrap draw. Sums and differences are
+    taken part by part, so what models share on a prompt cancels: a difference is a paired one."""
     value: float = math.nan
-    error: float = math.nan
-    n: int = 0
+    parts: dict[str, float] = {}
+    n: int = 0  # rows
     note: str = ""
+
+    @property
+    def error(self) -> float:
+        return math.sqrt(math.fsum(part**2 for part in self.parts.values()))
 
     def __str__(self):
         error = "" if math.isnan(self.error) else f" ± {self.error:.2f}"
         return "missing" if math.isnan(self.value) else f"{self.value:.2f}{error}"
 
+    def record(self) -> dict:
+        value, error = [None if math.isnan(x) else x for x in (self.value, self.error)]
+        return {"value": value, "error": error, "n": self.n, "note": self.note}
 
-def percent(values, note="") -> Score:
-    """Mean of those values in [0, 1] that are there: None is not."""
-    values = [100 * value for value in values if value is not None]
-    return Score(mean(values), standard_error(values), len(values), note)
-
-
-def weighted(scores, weights, note="") -> Score:
-    """Weighted mean of independent scores."""
-    total, pairs = sum(weights), list(zip(scores, weights))
-    if not total:
+def percent(observed: list[tuple[str, float | None]], note="") -> Score:
+    """The mean of (prompt, value in [0, 1]) pairs; a value None is left out. With one row a prompt
+    the error is the deviation (ddof 1) over the root of n; equal prompts count as one in it."""
+    known = [(prompt, 100 * value) for prompt, value in observed if value is not None]
+    if not known:
         return Score(note=note)
-    value, error = math.fsum(w * s.value for s, w in pairs), math.hypot(*(w * s.error for s, w in pairs))
-    return Score(value / total, error / total, sum(s.n for s, _ in pairs), note)
+    mean, parts = math.fsum(value for _, value in known) / len(known), Counter()
+    for prompt, value in known:
+        parts[prompt] += (value - mean) / len(known)
+    units = len(parts)
+    scale = math.sqrt(units / (units - 1)) if units > 1 else math.nan  # one alone shows no spread
+    note += f" {units} different prompts" * (units < len(known))
+    return Score(mean, {prompt: part * scale for prompt, part in parts.items()}, len(known), note)
 
+def combined(scores: list[Score], weights: list[float] | None = None, note="") -> Score:
+    """The sum of weight * score; without weights the plain mean."""
+    value, parts, weights = 0.0, Counter(), weights or [1 / len(scores)] * len(scores)
+    for score, weight in zip(scores, weights, strict=True):
+        value += weight * score.value
+        for unit, part in score.parts.items():
+            parts[unit] += weight * part
+    return Score(value, parts, sum(score.n for score in scores), note)
 
-# ================================================================================ Asking a model
-CHUNK = 64  # answers between two writes: what a kill costs at most
-NO_EFFECT = {"out_dir", "name", "device", "rollout_tokens"}  # settings that do not define what is measured
+def print_table(header: list, rows: list[list]):
+    table = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in [table[0], ["-" * width for width in widths], *table[1:]]:
+        print("|", " | ".join(map(str.ljust, row, widths)), "|")
 
+# ================================================================================= Asking a model
+CHUNK = 64  # answers that are asked for and kept together: what a kill costs at most
+NO_ANSWER = {"text": "", "truncated": True, "top": []}
 
 class Evaluation:
-    """One command on one model: its folder, what was answered so far, its results. Alike on every rank."""
+    """One model: what it and its judge are asked, and the results. Alike on every rank."""
 
-    def __init__(self, command: str, options, ranks: Ranks, files: list[str]):
-        self.options, self.ranks, self.loaded, self.start = options, ranks, (None, None), time.time()
-        self.name = options.name or model_name(options.model or options.annotations)
-        self.folder = Path(options.out_dir) / f"{self.name}{trial_suffix(options.limit)}" / command
-        used = [options.model, getattr(options, "judge", ""), *files]
-        self.settings = {key: value for key, value in vars(options).items() if key not in NO_EFFECT}
-        self.settings["contents"] = {name: content_hash(name) for name in used if name}
-        if problem := ranks.gather(self.open_folder() if ranks.main else None)[0]:
-            raise BadInput(problem)
+    def __init__(self, options: Namespace, model: str, name: str, ranks: urpo.Ranks):
+        self.options = Namespace(**vars(options) | {"model": model, "name": name})
+        self.ranks, self.name, self.loaded = ranks, name, ("", None)
+        self.home = Path(options.out_dir) / name
+        self.trial = f"-limit{options.limit}" if options.limit else ""
+        names = "device", "stop_tokens", "rollout_tokens", "max_new_tokens", "judge_max_new_tokens"
+        self.config = urpo.Config(**{name: getattr(options, name) for name in names})
+        self.whose, owner = identity(model or options.outputs), self.home / "model.json"
+        if self.whose and owner.exists() and json.dumps(self.whose) not in owner.read_text():
+            raise BadInput(f"{self.home} holds answers of another {self.name}: give a --name")
 
-    def open_folder(self) -> str | None:
-        """Results are never mixed, nor overwritten by those of other settings, weights or files."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, settings = self.folder / "settings.json", self.settings
-        was = json.loads(path.read_text()) if any(self.folder.glob("*.jsonl")) else settings
-        if differ := sorted(key for key in {*was, *settings} if was.get(key) != settings.get(key)):
-            return f"{self.folder} holds results of other {', '.join(differ)}: give another --name"
-        self.write("settings.json", settings)
-        for answers in self.folder.glob("answers-*.jsonl"):  # a line that a kill cut short is asked again
-            kept = answers.read_bytes()
-            answers.write_bytes(kept[: kept.rfind(b"\n") + 1])
-
-    def answered(self) -> dict[str, dict]:
-        files = self.folder.glob("answers-*.jsonl")
-        records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-        self.ranks.gather(None)  # nobody writes while others read
-        return {record["key"]: record for record in records}
-
-    def ask(self, what: str, model: str, prompts: list[list[int] | None], answer) -> list[dict | None]:
-        """The record of every prompt, in order and on all ranks: by answer(actor, some prompts, n) -> n for
-        each, or noted by an earlier start. A prompt that comes n times gets n. None, what does not fit the
-        model's context, is not asked and gives None."""
-        known, seen, keys, missing = self.answered(), Counter(), [], {}
-        for ids in prompts:
-            digest = hashlib.sha256(f"{what} {ids}".encode()).hexdigest()[:20]  # by content: data may change
-            keys.append(f"{digest}/{seen[digest]}")
-            seen[digest] += 1
-            if ids is not None and keys[-1] not in known:
-                missing.setdefault(digest, (ids, []))[1].append(keys[-1])
+    def ask(self, what: str, model: str, prompts: list, limit: int, n=1, temperature=0.0):
+        """n answers to each prompt [P], in order, on all ranks, asked now or at an earlier start.
+        NO_ANSWER where there is no prompt, or it and `limit` more tokens exceed the context."""
+        ranks, (_, context) = self.ranks, urpo.load_tokenizer(model)
+        stop = self.options.stop_tokens if model == self.options.model else ""
+        # what decides an answer, besides its prompt
+        how = [what == "duels", identity(model), limit, n, stop, temperature]
+        how += [self.options.seed] * (temperature > 0)
+        fitting = [i for i, ids in enumerate(prompts) if ids and len(ids) + limit <= context]
+        fitting.sort(key=lambda i: len(prompts[i]))  # alike: little padding
+        chunks, size, answers = {}, max(1, CHUNK // n), [[NO_ANSWER] * n for _ in prompts]
+        for start in range(0, len(fitting), size):
+            chunk = fitting[start : start + size]
+            question = json.dumps([how, [prompts[i] for i in chunk]])
+            chunks[hashlib.sha256(question.encode()).hexdigest()[:24]] = chunk
+        missing = [key for key in chunks if not (self.home / f"answers/{key}.json").exists()]
+        ranks.gather(None)  # all have looked
         if missing:
-            actor = self.load(model)
-            ordered = sorted(missing.values(), key=lambda item: (len(item[1]), len(item[0])))
-            with self.ranks.unsharded(actor.model):
-                self.ask_part(what, actor, ordered[self.ranks.rank :: self.ranks.world], answer)
-            self.ranks.gather(None)  # all have written
-            known = self.answered()
-        return [known.get(key) for key in keys]
+            self.write("model.json", self.whose)
+            if self.loaded[0] != model:
+                self.loaded = ("", None)  # frees the memory of the one before
+                self.config.stop_tokens = stop
+                self.loaded = model, urpo.load_actor(model, self.config, ranks, trainable=False)
+            with ranks.unsharded(self.loaded[1].model):
+                for key in tqdm(missing[ranks.rank :: ranks.world], what, disable=not ranks.main):
+                    torch.manual_seed(int(key, 16) % 2**63)  # --seed is in the key
+                    some = [prompts[i] for i in chunks[key]], limit, n, temperature
+                    self.write(f"answers/{key}.json", self.answer(what, *some))
+        ranks.gather(None)  # all have written
+        for key, chunk in chunks.items():
+            found = json.loads((self.home / f"answers/{key}.json").read_bytes())
+            for i, of_prompt in zip(chunk, found, strict=True):
+                answers[i] = of_prompt
+        return answers
 
-    def ask_part(self, what, actor, items: list[tuple[list[int], list[str]]], answer):
-        """items: (prompt, keys of the samples it still needs); as many for each prompt of a chunk."""
-        count = sum(len(keys) for _, keys in items)
-        bar = tqdm(total=count, desc=f"{self.name} {what}", disable=not self.ranks.main)
-        with bar, open(self.folder / f"answers-{self.ranks.rank}.jsonl", "a") as file:
-            for n, group in itertools.groupby(items, key=lambda item: len(item[1])):
-                group, size = list(group), max(1, CHUNK // n)
-                for chunk in (group[i : i + size] for i in range(0, len(group), size)):
-                    # the same command on as many ranks gives the same samples
-                    torch.manual_seed(random.Random(f"{self.options.seed} {chunk[0][1]}").getrandbits(63))
-                    answers = answer(actor, [ids for ids, _ in chunk], n)
-                    lines = [json.dumps({"key": key, **record}) + "\n" for (_, keys), records
-                             in zip(chunk, answers) for key, record in zip(keys, records)]
-                    file.write("".join(lines))
-                    file.flush()
-                    bar.update(len(lines))
-
-    def load(self, model: str) -> urpo.Actor:
-        if self.loaded[0] != model:
-            self.loaded = (None, None)  # frees the memory of the one before
-            config = Config(device=self.options.device, stop_tokens=self.options.stop_tokens)
-            self.loaded = (model, urpo.load_actor(model, config, self.ranks, trainable=False))
-        return self.loaded[1]
-
-    def generate(self, what, prompts, limit: int, temperature: float = 0.0) -> list[dict | None]:
-        """Completions of the model: {"text", "tokens", "truncated"}."""
-        def answer(actor, some, n):
-            groups = urpo.sample(actor.model, some, n, [limit] * len(some), temperature, actor.stop_ids,
-                                 self.options.rollout_tokens)
-            return [[{"text": actor.text(ids), "tokens": len(ids), "truncated": cut} for ids, cut, _ in group]
-                    for group in groups]
-        return self.ask(what, self.options.model, prompts, answer)
+    @torch.no_grad()
+    def answer(self, what: str, prompts: list[list[int]], limit: int, n: int, temperature: float):
+        """n times {"text", "truncated"} for each prompt; of a duel {"top": [[token, log-prob]]}."""
+        actor, answers = self.loaded[1], []
+        for ids in prompts if what == "duels" else []:
+            ids = torch.tensor([ids], device=actor.model.get_input_embeddings().weight.device)
+            logits = actor.model(ids, logits_to_keep=1).logits[0, -1].float()
+            logprobs, tokens = logits.log_softmax(-1).topk(TOP)
+            texts = [actor.tokenizer.decode([token]) for token in tokens.tolist()]
+            answers.append([{"top": list(zip(texts, logprobs.tolist()))}])
+        if what != "duels":
+            for group in urpo.sample(actor.model, prompts, n, [limit] * len(prompts), temperature,
+                                     actor.stop_ids, self.options.rollout_tokens):
+                texts = [(actor.text(c.ids), c.truncated) for c in group]
+                answers.append([{"text": text, "truncated": cut} for text, cut in texts])
+        return answers
 
     def write(self, name: str, value):
-        """JSON, or JSON lines if the name ends so; by rank 0, whole or not at all."""
-        if self.ranks.main:
-            path = self.folder / name
+        """Whole or not at all; by rank 0, but for answers."""
+        if self.ranks.main or name.startswith("answers/"):
+            path = self.home / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            lines = map(to_json, value) if path.suffix == ".jsonl" else [to_json(value, indent=2)]
-            temporary.write_text("".join(lines))
-            temporary.replace(path)
+            path.with_suffix(".tmp").write_text(json.dumps(value, indent=1, allow_nan=False))
+            path.with_suffix(".tmp").replace(path)
 
-    def finish(self, title: str, scores: dict[str, Score], notes: list[str], **more) -> dict[str, Score]:
-        """Print the scores and write results.json."""
-        self.write("results.json", {
-            "title": title, "name": self.name, "trial": self.options.limit > 0, "scale": "percent",
-            "scores": {name: score._asdict() for name, score in scores.items()}, "notes": notes, **more,
-            "seconds": time.time() - self.start, "settings": self.settings, "versions": versions()})
+    def finish(self, folder: str, scores: dict[str, Score], notes: dict) -> dict[str, Score]:
+        """Write results.json, say where and what is to be noted -> the scores."""
+        git = subprocess.run("git describe --always --dirty || echo unknown", shell=True, text=True,
+                             cwd=Path(__file__).parent, capture_output=True).stdout.strip()
+        versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
+        records = {name: score.record() for name, score in scores.items()}
+        self.write(f"{folder}/results.json", {
+            "scores": records, "notes": notes, "trial": bool(self.trial),
+            "settings": vars(self.options), "versions": versions | {"git": git}})
         if self.ranks.main:
-            print(f"\n{title}. {trial_mark(self.options.limit)}Percent.")
-            print_table(["score", "value ± standard error", "n", ""],
-                        [[name, score, score.n, score.note] for name, score in scores.items()])
-            print("\n".join([*notes, f"written to {self.folder}"]), flush=True)
+            said = [f"{value} {name}" for name, value in notes.items()]
+            print(f"{self.home / folder}: {', '.join(said)}", flush=True)
         return scores
 
+def identity(name: str) -> str:
+    """Of a file or a folder's weights: names, sizes, times. A Hub name stands for itself."""
+    files = sorted(Path(name).glob("*.safetensors")) or [Path(name)]
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16] if stats else name
 
-def trial_suffix(limit: int) -> str:
-    return f"-limit{limit}" if limit else ""
+# ================================================================================= Reading
+def read_lines(path: Path) -> list[dict]:
+    """Of a JSONL file of ours, without a last line that is cut (by a kill, or written just now)."""
+    try:
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    except ValueError as error:
+        raise BadInput(f"{path}: a line that is not JSON: {error}")
 
+def read_rows(source: str, *columns: str) -> list:
+    """Raw rows of a file or Hub set, with strings in these columns, numbers as `preference`."""
+    rows = list(data_prep.load(data_prep.parse_source(source), random.Random(0)))
+    for i, row in enumerate(rows, 1):
+        if not all(isinstance(row, dict) and isinstance(row.get(c), str) for c in columns):
+            raise BadInput(f"{source}: row {i}: expected strings as {', '.join(columns)}")
+        if columns and not isinstance(row.get("preference", 0), (int, float, type(None))):
+            raise BadInput(f"{source}: row {i}: preference: expected a number or null")
+    if not rows:
+        raise BadInput(f"{source}: has no rows")
+    return rows
 
-def trial_mark(limit: int) -> str:
-    return f"TRIAL on the first {limit} of each set. " if limit else ""
-
-
-def model_name(path: str) -> str:
-    """What a model is called in tables: runs/NAME/final is NAME."""
-    parts = Path(path).parts
-    return parts[-2] if parts[-1] == "final" and len(parts) > 1 else parts[-1]
-
+def read_tasks(source: str, kind: str, limit: int) -> list[tuple[dict, dict]]:
+    """(raw row, task) of one kind. Rows of our own format and another kind are left out; any other
+    row that is of no use is an error: benchmarks have none to spare."""
+    rows, found = enumerate(read_rows(source), 1), []
+    rows = [(i, r) for i, r in rows if not isinstance(r, dict) or r.get("kind", kind) == kind]
+    for number, row in rows[: limit or None]:
+        if isinstance(row, dict) and isinstance(row.get("final_answer"), list):  # OlympiadBench
+            row["final_answer"] = ", ".join(map(str, row["final_answer"])).replace("$", "")
+        try:
+            for task in data_prep.convert(row, strict=False):
+                if task["kind"] != kind:
+                    raise data_prep.Drop(f"kind {task['kind']}, expected {kind}")
+                found.append(({"id": number, **row}, task))
+        except data_prep.Drop as reason:
+            raise BadInput(f"{source}: row {number}: {reason}"[:300])
+    if not found:
+        raise BadInput(f"{source}: has no rows of kind {kind}")
+    return found
 
 def set_name(source: str) -> str:
     """aime24/test.jsonl is aime24, openai/gsm8k@main#test is gsm8k."""
@@ -225,413 +241,213 @@ def set_name(source: str) -> str:
     name = re.sub(r"\.(jsonl?|parquet)$", "", path.name)
     return path.parent.name if name in ("test", "train") and path.parent.name else name
 
-
-def content_hash(name: str) -> str:
-    """Of a file, or a folder's weights: sizes and last MiB. A Hub name stands for itself."""
-    path, digest = Path(name), hashlib.sha256()
-    if not path.exists():
-        return name
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        with open(file, "rb") as opened:
-            opened.seek(max(0, file.stat().st_size - 2**20))
-            digest.update(f"{file.stat().st_size} ".encode() + opened.read())
-    return digest.hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    options = dict(cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-    git = shutil.which("git") and subprocess.run(command, **options).stdout.strip()
-    return {"git": git or "unknown", "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "datasets": data_prep.datasets.__version__}
-
-
-def to_json(value, indent=None) -> str:
-    """JSON that every reader takes: NaN, which is none, becomes null."""
-    def clean(value):
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-    return json.dumps(clean(value), indent=indent) + "\n"
-
-
-def print_table(header: list, rows: list[list]):
-    """In Markdown."""
-    rows = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-
-
-def fitting(ids: list[int], context: int, limit: int) -> list[int] | None:
-    """The prompt, or None if it and `limit` more tokens are longer than the model's context."""
-    return ids if len(ids) + limit <= context else None
-
-
-def read_rows(source: str, limit: int = 0) -> list:
-    """Raw rows of a file or Hub set; BadInput if it cannot be read or is empty."""
-    rows = list(data_prep.load(data_prep.parse_source(source), random.Random(0)))
-    if not rows:
-        raise BadInput(f"{source}: has no rows")
-    return rows[: limit or None]
-
-
-def read_tasks(source: str, kind: str, limit: int, convert) -> list[tuple[int, dict, dict]]:
-    """(row number, raw row, task) of one kind; convert(row) -> its tasks. Rows of our own format and another
-    kind are left out; BadInput names any other row that is of no use: benchmarks have none to spare."""
-    found, rows = [], enumerate(read_rows(source), 1)
-    rows = [(i, row) for i, row in rows if not isinstance(row, dict) or row.get("kind", kind) == kind]
-    for number, row in rows[: limit or None]:
-        try:
-            tasks = convert(row)
-        except data_prep.Drop as reason:
-            raise BadInput(f"{source}: row {number}: {reason}")
-        if wrong := [task["kind"] for task in tasks if task["kind"] != kind]:
-            raise BadInput(f"{source}: row {number}: a task of kind {wrong[0]}, expected {kind}")
-        found += [(number, row, task) for task in tasks]
-    if not found:
-        raise BadInput(f"{source}: has no rows of kind {kind}")
-    return found
-
-
-# ================================================================================ AlpacaEval 2
-def is_switched(instruction: str, seed: int = 0) -> bool:
-    """Whether the judge is shown the model first (processors.py, RandomSwitchTwoColumnsProcessor)."""
-    return random.Random(f"is_switched_outputs{instruction}{seed}").choices([False, True])[0]
-
-
-def preference_from_logprobs(logprobs: dict, switched: bool = False) -> float:
-    """1 (the reference wins) to 2 (the model wins), from the top log-probabilities of the judge's one token.
-
-    `m` names the output shown first, `M` the second: 2 - p_m / (p_m + p_M) (completion_parsers.py,
-    logprob_parser). A token outside of the top has probability 0; with neither there is no verdict: NaN.
-
-    >>> preference_from_logprobs({"m": math.log(0.2), "M": math.log(0.6), "x": -3.0}, switched=True)
-    1.25
-    """
-    found = [logprobs.get(token, -math.inf) for token in ("m", "M")]
-    if max(found) == -math.inf:
-        return math.nan
-    first, second = (math.exp(logprob - max(found)) for logprob in found)   # exp(-9999) alone would be 0/0
-    preference = 2 - first / (first + second)
-    return 3 - preference if switched else preference
-
-
-def alpaca_win_rate(preferences) -> dict:
-    """Win rates in percent from preferences in [1, 2] (alpaca_eval metrics/helpers.py, metrics/winrate.py).
-
-    0 is an old spelling of a draw. What is None, NaN or outside of [1, 2] (the cache writes -1) was never
-    judged: it is left out, not lost. Only an exact 1.5 is a draw, anything else goes to the nearer side.
-
-    >>> alpaca_win_rate([1, 2, None, 1.75])["win_rate"]
-    58.333333333333336
-    """
-    known = [1.5 if p == 0 else p for p in preferences if p is not None]
-    wins = [p - 1 for p in known if 1 <= p <= 2]
-    draws, n_wins = wins.count(0.5), sum(w > 0.5 for w in wins)
-    discrete = [0.5 if w == 0.5 else float(w > 0.5) for w in wins]
-    return {"win_rate": 100 * mean(wins), "standard_error": 100 * standard_error(wins), "n_wins": n_wins,
-            "n_wins_base": len(wins) - n_wins - draws, "n_draws": draws, "n_total": len(wins),
-            "discrete_win_rate": 100 * mean(discrete),
-            "discrete_standard_error": 100 * standard_error(discrete)}
-
-
-def fit_l1_logistic(X, y, s, C):
-    """The w that minimises |w|_1 + C * sum_i s_i CE(y_i, sigmoid(X_i w)), y in [0, 1]: proximal Newton steps.
-
-    Each goes towards the minimum of the quadratic model plus |w|_1. For known signs that is a linear system,
-    and of three weights all 27 combinations of -, 0, + can be tried. The problem is convex, with one optimum;
-    liblinear, which alpaca_eval uses, stops shortly before it.
-    """
-    def objective(w):
-        return w.abs().sum() + C * (s * (softplus(X @ w) - y * (X @ w))).sum()
-
-    w = X.new_zeros(X.shape[1])
-    signs = torch.cartesian_prod(*[X.new_tensor([-1, 0, 1])] * len(w)).reshape(-1, len(w))         # [27, 3]
-    on = signs.abs()
-    for _ in range(100):
-        p = torch.sigmoid(X @ w)
-        g, H = C * X.T @ (s * (p - y)), C * X.T @ (X * (s * p * (1 - p))[:, None])
-        H = H + 1e-12 * torch.eye(len(w))                                               # for an empty column
-        systems = H * on[:, :, None] * on[:, None, :] + torch.diag_embed(1 - on)    # off: stays 0
-        ends = torch.linalg.solve(systems, on * (H @ w - g) - signs)
-        steps = ends - w
-        model = steps @ g + ((steps @ H) * steps).sum(1) / 2 + ends.abs().sum(1)
-        step, small = steps[model.argmin()], 1e-11 * (1 + w.abs().max())
-        while step.abs().max() > small and objective(w + step) >= objective(w):
-            step = step / 4
-        w = w + step
-        if step.abs().max() <= small:                                           # float64 sees nothing lower
-            return w
-    raise RuntimeError(f"the fit did not converge at C = {C}")
-
-
-GRID = [10 ** (-4 + 8 * i / 9) for i in range(10)]
-
-
-def choose_C(X, y, s) -> float:
-    """C by cross-validation over GRID, as LogisticRegressionCV and GroupKFold(5) choose it for alpaca_eval.
-
-    Every row is a group, gamed rows first, and scikit-learn 1.9 deals out groups of one size in turn. Older
-    versions deal them in an order that depends on the machine, which moves scores by up to 0.15.
-    """
-    if len(y) < 5:
-        raise ValueError(f"five-fold cross-validation of {len(y)} rows: give C")
-    fold, losses = torch.arange(len(y)) % 5, []
-    for C in GRID:
-        losses.append(0.0)
-        for test in (fold == k for k in range(5)):
-            z = X[test] @ fit_l1_logistic(X[~test], y[~test], s[~test], C)
-            losses[-1] += (s[test] * (softplus(z) - y[test] * z)).mean().item()
-    return GRID[losses.index(min(losses))]
-
-
-def length_controlled(rows, difficulty=None, gamed=None, C=None) -> dict:
-    """Length-controlled win rate in percent (alpaca_eval metrics/glm_winrate.py, "length_controlled_v1").
-
-    The preference is fitted by sigmoid(w1 tanh(length difference) + w2 difficulty + w3); the score is the
-    mean prediction without w1. (The reference against itself is 50 by definition: do not fit it.)
-
-    rows        {"preference", "len_1", "len_2"} of reference and model, characters, in annotation order.
-                Rows without a valid preference are predicted, but not fitted.
-    difficulty  instruction_difficulty.csv BY ROW POSITION, as in the official code: a gap shifts the rest.
-    gamed       rows of df_gamed.csv, the reference's own verbose and concise variants: (preference in [0, 1],
-                standardised length difference, difficulty). At weight 0.1 and without w3 they pin w1 and w2.
-                None is "length_controlled_noreg"; no difficulty either, "length_controlled_minimal".
-    C           strength of the data against the l1 term; None: choose_C.
-    """
-    lengths = torch.tensor([row["len_1"] - row["len_2"] for row in rows], dtype=torch.float64)
-    if len(rows) < 2 or lengths.std() == 0:
-        raise ValueError("length control needs two rows or more, with different length differences")
-    if difficulty is not None and len(difficulty) < len(rows):
-        raise ValueError(f"{len(rows)} rows, but difficulties for {len(difficulty)}")
-    if gamed is not None and difficulty is None:
-        raise ValueError("the gamed rows go with the difficulty table")
-    ones = torch.ones_like(lengths)
-    X = torch.stack([torch.tanh(lengths / lengths.std()), ones], 1)
-    if difficulty is not None:
-        X = torch.stack([X[:, 0], lengths.new_tensor(difficulty[:len(rows)]), ones], 1)
-    without_length = X * X.new_tensor([0] + [1] * (X.shape[1] - 1))
-    preferences = [1.5 if row["preference"] == 0 else row["preference"] for row in rows]
-    judged = [i for i, p in enumerate(preferences) if p is not None and 1 <= p <= 2]
-    if not judged:
-        raise ValueError("no pair has a valid verdict")
-    X, y, s = X[judged], X.new_tensor([preferences[i] - 1 for i in judged]), ones[judged]
-    if gamed is not None:
-        labels, length, level = X.new_tensor([list(row) for row in gamed]).T
-        X = torch.cat([torch.stack([torch.tanh(length), level, torch.zeros_like(level)], 1), X])
-        y, s = torch.cat([labels, y]), torch.cat([torch.full_like(labels, 0.1), s])
-    C = choose_C(X, y, s) if C is None else C
-    w = fit_l1_logistic(X, y, s, C)
-    predictions = (100 * torch.sigmoid(without_length @ w)).tolist()
-    return {"length_controlled_winrate": mean(predictions), "C": C, "weights": w.tolist(),
-            "lc_standard_error": standard_error(predictions)}   # without the fit's doubt
-
-
+# ================================================================================= AlpacaEval 2
 HUB = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"  # of gpt4_1106_preview
-INSTRUCTIONS = 805  # of AlpacaEval, the set that the Hub's tables belong to
 TOP = 5  # the likeliest tokens of the judge are looked at, as the official configuration does
+DRAWS = 1000  # of the bootstrap: its error is known to 2 %
 
+def is_switched(instruction: str) -> bool:
+    """Is the judge shown the model first? (processors.py, RandomSwitchTwoColumnsProcessor)"""
+    return random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]
+
+def preference_from_logprobs(logprobs: dict[str, float], switched: bool) -> float | None:
+    """1 (the reference wins) to 2 (the model), from the top log-probs of the judge's one token:
+    1 + p_M / (p_m + p_M), where `m` was shown first (completion_parsers.py, logprob_parser). What
+    is outside of the top has probability 0; with neither there is no verdict."""
+    lead = logprobs.get("M", -math.inf) - logprobs.get("m", -math.inf)
+    preference = None if math.isnan(lead) else 1.5 + math.tanh(lead / 2) / 2
+    return 3 - preference if preference and switched else preference
+
+def outcome(preference: float | None) -> float:
+    """P(the model is preferred), from a preference in [1, 2]; 0 is an old spelling of a draw. None,
+    NaN, or out of range (the cache writes -1) was never judged: NaN; it is left out, not lost."""
+    if preference == 0:
+        return 0.5
+    return preference - 1 if preference is not None and 1 <= preference <= 2 else math.nan
+
+def win_rates(annotations: list[dict]) -> tuple[Score, Score, dict[str, int]]:
+    """-> win rate, discrete win rate, counts (alpaca_eval metrics/helpers.py, metrics/winrate.py).
+    Only an exact 1.5 is a draw; anything else is won by the nearer side."""
+    wins = [(row["instruction"], outcome(row["preference"])) for row in annotations]
+    judged = [(instruction, win) for instruction, win in wins if not math.isnan(win)]
+    discrete = [(instruction, (1 + (win > 0.5) - (win < 0.5)) / 2) for instruction, win in judged]
+    count, n = Counter(win for _, win in discrete), len(judged)
+    return percent(judged), percent(discrete), {
+        "n_wins": count[1.0], "n_wins_base": count[0.0], "n_draws": count[0.5], "n_total": n,
+        "without a verdict": len(wins) - n}
+
+def fit_logistic(X: Tensor, y: Tensor, s: Tensor) -> Tensor:
+    """The w that minimises sum_i s_i CE(y_i, sigmoid(X_i w)), y in [0, 1], by Newton's method."""
+    w = X.new_zeros(X.shape[1])
+    for _ in range(50):
+        p = torch.sigmoid(X @ w)
+        curvature = X.T @ (X * (s * p * (1 - p))[:, None]) + 1e-9 * torch.eye(len(w))
+        step = torch.linalg.solve(curvature, X.T @ (s * (y - p))).clamp(-2, 2)  # never far at once
+        w = w + step
+        if step.abs().max() < 1e-9:
+            break
+    return w
+
+def length_controlled(rows: Tensor, gamed: Tensor) -> float:
+    """Length-controlled win rate in percent, or NaN (alpaca_eval metrics/glm_winrate.py): the
+    preference is fitted by sigmoid(w1 tanh(length difference) + w2 difficulty + w3), the score is
+    the mean prediction without w1. The official fit has a penalty, chosen by a cross-validation
+    that differs between versions of scikit-learn; ours has none, and is quick to repeat.
+
+    rows   [n, 3]: P(model preferred) (NaN: never judged, so predicted but not fitted); characters
+           of the reference minus those of the model; difficulty of the instruction
+    gamed  [m, 3], df_gamed.csv: the reference's own verbose and concise variants, their lengths in
+           standard deviations. At weight 0.1 and without w3 they tie w1 and w2 down."""
+    judged = rows[~rows[:, 0].isnan()]
+    if len(judged) == 0 or not rows[:, 1].std() > 0:
+        return math.nan
+    lengths = judged[:, 1] / rows[:, 1].std()
+    own = torch.stack([lengths.tanh(), judged[:, 2], torch.ones_like(lengths)], 1)
+    others = torch.stack([gamed[:, 1].tanh(), gamed[:, 2], torch.zeros_like(gamed[:, 0])], 1)
+    weights = torch.cat([own[:, 2], torch.full_like(gamed[:, 0], 0.1)])
+    w = fit_logistic(torch.cat([own, others]), torch.cat([judged[:, 0], gamed[:, 0]]), weights)
+    return 100 * torch.sigmoid(w[1] * rows[:, 2] + w[2]).mean().item()
+
+def length_control(annotations: list[dict], levels: list[float], gamed: Tensor) -> Score:
+    """`levels`: difficulties. The error is over DRAWS sets of rows, drawn with replacement, fitted
+    anew. Models on the same instructions meet the same draws: their difference is paired."""
+    wins = [outcome(row["preference"]) for row in annotations]
+    lengths = [len(row["output_1"]) - len(row["output_2"]) for row in annotations]
+    rows = torch.tensor([wins, lengths, levels], dtype=torch.float64).T
+    n, rng, draws = len(rows), torch.Generator().manual_seed(0), []
+    for _ in range(DRAWS):
+        draws.append(length_controlled(rows[torch.randint(n, [n], generator=rng)], gamed))
+    mean, scale = fmean(draws), math.sqrt(DRAWS - 1)
+    parts = {f"draw {i}": (draw - mean) / scale for i, draw in enumerate(draws)}
+    return Score(length_controlled(rows, gamed), parts, n, "error by bootstrap")
+
+def read_gamed(path: str) -> tuple[Tensor, list[float]]:
+    """-> rows of df_gamed.csv [m, 3], difficulties of the instructions in published order."""
+    gamed, difficulty, columns = [], {}, ("preference", "std_delta_len", "instruction_difficulty")
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                gamed.append([float(row[column]) for column in columns])
+                difficulty[row["index"]] = gamed[-1][2]
+    except (LookupError, TypeError, ValueError):
+        raise BadInput(f"{path}: expected a table with numbers as index, {', '.join(columns)}")
+    return torch.tensor(gamed, dtype=torch.float64), list(difficulty.values())
 
 def duel_prompt(instruction: str, first: str, second: str) -> list[dict]:
     """The official judge prompt (alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt, Apache 2.0)."""
     system = (
-        "You are a highly efficient assistant, who evaluates and selects the best large language model "
-        "(LLMs) based on the quality of their responses to a given instruction. This process will be used to "
-        "create a leaderboard reflecting the most accurate and human-preferred answers.")
+        "You are a highly efficient assistant, who evaluates and selects the best large language "
+        "model (LLMs) based on the quality of their responses to a given instruction. This process "
+        "will be used to create a leaderboard reflecting the most accurate and human-preferred "
+        "answers.")
     parts = [
-        "I require a leaderboard for various large language models. I'll provide you with prompts given to "
-        "these models and their corresponding outputs. Your task is to assess these responses, and select "
-        "the model that produces the best output from a human perspective.\n\n## Instruction\n\n{\n"
-        '    "instruction": """', instruction, '""",\n}\n\n## Model Outputs\n\n'
-        "Here are the unordered outputs from the models. Each output is associated with a specific model, "
-        'identified by a unique model identifier.\n\n{\n    {\n        "model_identifier": "m",\n'
-        '        "output": """', first, '"""\n    },\n    {\n        "model_identifier": "M",\n'
-        '        "output": """', second, '"""\n    }\n}\n\n## Task\n\n'
-        "Evaluate the models based on the quality and relevance of their outputs, and select the model that "
-        "generated the best output. Answer by providing the model identifier of the best model. We will use "
-        "your output as the name of the best model, so make sure your output only contains one of the "
-        "following model identifiers and nothing else (no quotes, no spaces, no new lines, ...): m or M.\n\n"
-        "## Best Model Identifier"]
+        "I require a leaderboard for various large language models. I'll provide you with prompts "
+        "given to these models and their corresponding outputs. Your task is to assess these "
+        "responses, and select the model that produces the best output from a human perspective."
+        '\n\n## Instruction\n\n{\n    "instruction": """', instruction, '""",\n}\n\n## Model '
+        "Outputs\n\nHere are the unordered outputs from the models. Each output is associated with "
+        "a specific model, identified by a unique model identifier.\n\n{\n    {\n        "
+        '"model_identifier": "m",\n        "output": """', first, '"""\n    },\n    {\n        '
+        '"model_identifier": "M",\n        "output": """', second, '"""\n    }\n}\n\n## Task\n\n'
+        "Evaluate the models based on the quality and relevance of their outputs, and select the "
+        "model that generated the best output. Answer by providing the model identifier of the "
+        "best model. We will use your output as the name of the best model, so make sure your "
+        "output only contains one of the following model identifiers and nothing else (no quotes, "
+        "no spaces, no new lines, ...): m or M.\n\n## Best Model Identifier"]
     return [{"role": "system", "content": system}, {"role": "user", "content": "".join(parts)}]
 
-
-@torch.no_grad()
-def next_tokens(actor: urpo.Actor, prompts: list[list[int]], n: int) -> list[list[dict]]:
-    """{"top": the likeliest next tokens, likeliest first, as [text, log-prob]} for each prompt."""
-    answers = []
-    for ids in prompts:
-        ids = torch.tensor([ids], device=actor.model.get_input_embeddings().weight.device)
-        logprobs, tokens = actor.model(ids, logits_to_keep=1).logits[0, -1].float().log_softmax(-1).topk(TOP)
-        texts = [actor.tokenizer.decode([token]) for token in tokens.tolist()]
-        answers.append([{"top": list(zip(texts, logprobs.tolist()))}] * n)
-    return answers
-
-
-def read_outputs(source: str) -> list[dict]:
-    """Outputs to compare with: {"instruction", "output", "generator"}. tiny: what people answer there."""
-    if source == "tiny":
-        rows = [row for row in urpo.load_rows(urpo.PRESETS["tiny"]["eval_data"]) if row["kind"] == "open"]
-        texts = [row["prompt"][-1]["content"] for row in rows]
-        return [{"instruction": text, "output": data_prep.tiny_player(random.Random(f"people/{i}"), text),
-                 "generator": "people"} for i, text in enumerate(texts)]
-    return check_texts(read_rows(source), source, "instruction", "output")
-
-
-def check_texts(rows: list, source: str, *columns: str) -> list[dict]:
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in columns):
-            raise BadInput(f"{source}: row {number}: expected strings as {', '.join(columns)}")
-        if type(row.get("preference")) not in (int, float, type(None)):
-            raise BadInput(f"{source}: row {number}: preference: expected a number or null")
-    return rows
-
-
-def model_outputs(run: Evaluation, reference: list[dict]) -> list[dict]:
-    """The model's answers to the same instructions, for our judge and for `alpaca_eval --model_outputs`."""
-    tokenizer, context = urpo.load_tokenizer(run.options.model)
-    limit = run.options.max_new_tokens
-    prompts = [urpo.encode(tokenizer, urpo.chat(row["instruction"])) for row in reference]
-    prompts = [fitting(ids, context, limit) for ids in prompts]
-    answers = run.generate("outputs", prompts, limit, run.options.temperature)
-    outputs = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"],
-                "output": answer["text"].strip() if answer else "", "generator": run.name}
-               for row, answer in zip(reference, answers)]
-    run.write("model_outputs.json", outputs)
-    return outputs
-
-
-def annotate(run: Evaluation, reference: list[dict], outputs: list[dict]) -> list[dict]:
-    """Every pair judged in the official way: one token, m or M, in the order that is_switched draws.
-    Identical outputs are a draw and not asked about. The judge "tiny" is the tiny world's own ruler."""
-    judge, pairs, prompts = run.options.judge, list(zip(reference, outputs)), []
-    name = "tiny_ruler" if judge == "tiny" else f"weighted_alpaca_eval_{model_name(judge)}"
-    if judge != "tiny":
-        tokenizer, context = urpo.load_tokenizer(judge)
-        for one, two in pairs:
-            shown = [one["output"], two["output"]][:: -1 if is_switched(one["instruction"]) else 1]
-            ids = urpo.encode(tokenizer, duel_prompt(one["instruction"], *shown))
-            prompts.append(fitting(ids, context, 1) if shown[0] != shown[1] else None)
-    answers = run.ask("duels", judge, prompts, next_tokens) if prompts else [None] * len(pairs)
-    annotations = []
-    for (one, two), answer in zip(pairs, answers):
-        top = answer["top"] if answer else []
+def annotate(run: Evaluation, pairs: list[tuple[dict, dict]]) -> list[dict]:
+    """Pairs judged in the official way: one token, m or M, in the order that is_switched draws.
+    Equal outputs are a draw, not asked about. The tiny world's judge is the true quality."""
+    judge, annotations, prompts = run.options.judge, [], []
+    for one, two in pairs if judge else []:
+        shown, instruction = [one["output"], two["output"]], one["instruction"]
+        if is_switched(instruction):
+            shown.reverse()
+        ids = urpo.encode(urpo.load_tokenizer(judge)[0], duel_prompt(instruction, *shown))
+        prompts.append(ids if shown[0] != shown[1] else None)
+    answers = run.ask("duels", judge, prompts, 1) if judge else [[NO_ANSWER]] * len(pairs)
+    for (one, two), [answer] in zip(pairs, answers, strict=True):
+        instruction, top = one["instruction"], answer["top"]
+        # of two tokens that are spelled alike the likelier one overwrites the other
+        preference = preference_from_logprobs(dict(reversed(top)), is_switched(instruction))
+        if not judge:
+            ours, theirs = [data_prep.tiny_quality(instruction, x["output"]) for x in (two, one)]
+            preference = 1.5 + ((ours > theirs) - (ours < theirs)) / 2
         if one["output"] == two["output"]:
             preference = 1.5
-        elif judge == "tiny":
-            theirs, ours = (data_prep.tiny_quality(one["instruction"], side["output"]) for side in (one, two))
-            preference = 1.5 + ((ours > theirs) - (ours < theirs)) / 2
-        else:  # of two tokens that are spelled alike the likelier one counts
-            preference = preference_from_logprobs(dict(reversed(top)), is_switched(one["instruction"]))
-        raw = {"logprobs": {"content": [{"top_logprobs": [{"token": t, "logprob": lp} for t, lp in top]}]}}
+        tokens = [{"token": token, "logprob": logprob} for token, logprob in top]
+        raw = {"logprobs": {"content": [{"top_logprobs": tokens}]}} if top else None
         annotations.append({
-            "instruction": one["instruction"], "dataset": one.get("dataset", ""),
+            "instruction": instruction, "dataset": one.get("dataset", ""),
             "output_1": one["output"], "generator_1": one.get("generator", "reference"),
-            "output_2": two["output"], "generator_2": run.name, "annotator": name,
-            "preference": preference, "raw_completion": raw if top else None})
-    run.write("annotations.json", annotations)
+            "output_2": two["output"], "generator_2": run.name, "preference": preference,
+            "annotator": f"weighted_alpaca_eval_{Path(judge).name}" if judge else "true_quality",
+            "raw_completion": raw})
     return annotations
 
-
-def read_tables(gamed_file: str, difficulty_file: str, ours: bool):
-    """-> (difficulty by position or None, gamed rows or None, where they come from or why there are none)."""
-    source, difficulty, gamed = " and ".join(filter(None, [gamed_file, difficulty_file])), None, None
-    if not source and not ours:
-        return None, None, f"none, the Hub's belong to the {INSTRUCTIONS} instructions of AlpacaEval"
-    try:
-        if not source:
-            gamed_file = hf_hub_download("tatsu-lab/alpaca_eval", "df_gamed.csv", repo_type="dataset")
-            source = "df_gamed.csv of the Hub"
-    except (OSError, ValueError) as error:  # no network, or no such file there
-        return None, None, f"none, the Hub cannot be reached ({type(error).__name__}); --gamed names a file"
-    try:
-        if gamed_file:
-            with open(gamed_file, newline="") as file:
-                rows = list(csv.DictReader(file))
-            columns = "preference", "std_delta_len", "instruction_difficulty"
-            gamed = [tuple(float(row[column]) for column in columns) for row in rows]
-            difficulty = list({row["index"]: level for row, (_, _, level) in zip(rows, gamed)}.values())
-        if difficulty_file:
-            with open(difficulty_file, newline="") as file:
-                difficulty = [float(row["instruction_difficulty"]) for row in csv.DictReader(file)]
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise BadInput(f"{source}: not such a table: {type(error).__name__} {error}")
-    return difficulty, gamed, source
-
-
-def alpaca_scores(annotations: list[dict], instructions: list[str], difficulty, gamed):
-    """-> (scores, notes, more). `instructions`: the whole set in its published order, that of the tables."""
-    rows = [{"preference": row["preference"], "len_1": len(row["output_1"]), "len_2": len(row["output_2"])}
-            for row in annotations]
-    place = {instruction: i for i, instruction in enumerate(instructions)}
+def alpaca_scores(annotations: list[dict], order: list[str], table) -> dict[str, Score]:
+    """`order`: the instructions of the whole set as published, to which the difficulties belong;
+    empty: not known. `table`: of read_gamed, or None."""
+    place = {instruction: i for i, instruction in enumerate(order)}
     places = [place.get(row["instruction"]) for row in annotations]
-    applies = difficulty is not None and len(place) == len(difficulty) and None not in places
-    scores, fits = {}, {}
+    controlled = Score(note="needs --gamed df_gamed.csv, on the Hub in tatsu-lab/alpaca_eval")
+    if table and (len(place) != len(table[1]) or None in places):
+        controlled = Score(note="needs --reference: the set that --gamed is for, in its order")
+    elif table:
+        controlled = length_control(annotations, [table[1][i] for i in places], table[0])
+    win_rate, discrete, _ = win_rates(annotations)
+    return {"length-controlled win rate": controlled, "win rate": win_rate,
+            "discrete win rate": discrete}
 
-    def control(name, note, *tables):
-        form = "minimal" if not tables else "v1" if gamed else "noreg"
-        note += "; the error is without the fit's own"
-        try:
-            fits[name] = fit = length_controlled(rows, *tables)
-            scores[name] = Score(fit["length_controlled_winrate"], fit["lc_standard_error"], len(rows),
-                                 f"length_controlled_{form}{note}")
-        except ValueError as error:
-            scores[name] = Score(n=len(rows), note=str(error))
-
-    if annotations[0].get("generator_1", 1) == annotations[0].get("generator_2", 2):
-        scores["length-controlled win rate"] = Score(50.0, 0.0, len(rows), "the reference against itself")
-    else:
-        tables = ([difficulty[i] for i in places], gamed) if applies else ()
-        control("length-controlled win rate", ", difficulty by instruction" if applies else "", *tables)
-        if difficulty is not None and not (applies and places == list(range(len(rows)))):
-            control("as alpaca_eval would", ", difficulty by row", difficulty, gamed)
-    win = alpaca_win_rate([row["preference"] for row in annotations])
-    n = win["n_total"]
-    scores["win rate"] = Score(win["win_rate"], win["standard_error"], n)
-    scores["discrete win rate"] = Score(win["discrete_win_rate"], win["discrete_standard_error"], n)
-    win["avg_length"] = int(mean([row["len_2"] for row in rows]))
-    notes = ["{n_wins} wins, {n_wins_base} losses, {n_draws} draws; {avg_length} characters".format(**win)]
-    if n < len(rows):
-        notes.append(f"{len(rows) - n} pairs without a valid verdict are left out, as officially")
-    if len({row["instruction"] for row in annotations}) < len(rows):
-        notes.append(f"{len(place)} different instructions only: rows of one are not independent")
-    if abs(scores["length-controlled win rate"].value - win["win_rate"]) > 10:  # as alpaca_eval warns, about
-        notes.append("length control changes the win rate by more than 10: look at the lengths and the fit")
-    return scores, notes, {"counts": win, "fits": fits}
-
-
-def alpaca(options, ranks: Ranks) -> dict[str, Score]:
-    files = [options.annotations, options.reference, options.gamed, options.difficulty]
-    run = Evaluation("alpaca", options, ranks, files)
-    reference = read_outputs(options.reference or HUB) if options.reference or not options.annotations else []
+def alpaca(run: Evaluation) -> dict[str, Score]:
+    """AlpacaEval 2: win rates against a reference."""
+    options, folder, judge = run.options, "alpaca" + run.trial, run.options.judge
+    # all that is read comes before anything is generated
+    reference, outputs, limit = [], [], options.limit or None
+    if options.tiny:  # compared with the first response of every held-out judge list
+        for _, task in read_tasks(options.lists[0], "preference", 0):
+            reference.append({"instruction": task["prompt"][-1]["content"],
+                              "output": task["responses"][0], "generator": "stored responses"})
+    elif options.reference or not options.annotations:
+        reference = read_rows(options.reference or HUB, "instruction", "output")
+    table = read_gamed(options.gamed) if options.gamed else None
+    order = list(dict.fromkeys(row["instruction"] for row in reference))
+    reference = reference[:limit]
     if options.annotations:
-        annotations = read_rows(options.annotations, options.limit)
-        check_texts(annotations, options.annotations, "instruction", "output_1", "output_2")
+        rows = read_rows(options.annotations, "instruction", "output_1", "output_2")[:limit]
+        annotations = [{"preference": None, "annotator": "unknown"} | row for row in rows]
     else:
-        shown = reference[: options.limit or None]
-        outputs = model_outputs(run, shown)
-        if not options.judge:
-            return run.finish("AlpacaEval", {}, ["outputs only; --judge J, or alpaca_eval, judges them"])
-        annotations = annotate(run, shown, outputs)
-    run.write("samples.jsonl", annotations)
-    instructions = [row["instruction"] for row in reference or annotations]
-    ours = len(set(instructions)) == INSTRUCTIONS
-    difficulty, gamed, source = read_tables(options.gamed, options.difficulty, ours)
-    scores, notes, more = alpaca_scores(annotations, instructions, difficulty, gamed)
-    names = [annotations[0].get(key, "unknown") for key in ("generator_2", "generator_1", "annotator")]
-    notes.append(f"tables of difficulty and gamed rows: {source}")
-    return run.finish("AlpacaEval: {} against {}, judged by {}".format(*names), scores, notes, **more)
+        if options.outputs:
+            outputs = read_rows(options.outputs, "instruction", "output")
+        else:  # the model's own, for our judge and for `alpaca_eval --model_outputs`
+            tokenizer, _ = urpo.load_tokenizer(options.model)
+            chats = [data_prep.chat(row["instruction"]) for row in reference]
+            prompts = [urpo.encode(tokenizer, chat) for chat in chats]
+            how = options.max_new_tokens, 1, options.temperature
+            for row, [answer] in zip(reference, run.ask("answers", options.model, prompts, *how)):
+                outputs.append({
+                    "dataset": row.get("dataset", ""), "instruction": row["instruction"],
+                    "output": answer["text"].strip(), "generator": run.name})
+            run.write(f"{folder}/model_outputs.json", outputs)
+        of = {row["instruction"]: row for row in outputs}
+        pairs = [(r, of[r["instruction"]]) for r in reference if r["instruction"] in of]
+        if not pairs or not judge and not options.tiny:
+            return run.finish(folder, {}, {"answers to the reference, not judged": len(pairs)})
+        annotations = annotate(run, pairs)
+    folder += "/" + annotations[0]["annotator"].replace("/", "_")
+    if not options.annotations:
+        run.write(f"{folder}/annotations.json", annotations)
+    counts = win_rates(annotations)[2]
+    counts["avg_length"] = sum(len(row["output_2"]) for row in annotations) // len(annotations)
+    return run.finish(folder, alpaca_scores(annotations, order, table), counts)
 
-
-# ================================================================================ RewardBench 1 and 2
+# ================================================================================= RewardBench 1, 2
 # rewardbench/constants.py: SUBSET_MAPPING, EXAMPLE_COUNTS. The weights are constants, whatever was
 # evaluated; math-prm has 447 pairs, but weighs as much as the six code subsets together.
 SECTIONS = {
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
-             "mt-bench-med": 40},
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
+             "mt-bench-easy": 28, "mt-bench-med": 40},
     "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
                   "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
     "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
@@ -642,565 +458,493 @@ SECTIONS = {
 SUBSETS_2 = ["Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties"]  # of RewardBench 2
 HUB_1, HUB_2 = "allenai/reward-bench#filtered", "allenai/reward-bench-2#test"
 
-
 def rewardbench_sections(subsets: dict[str, Score]) -> dict[str, Score]:
-    """Sections of RewardBench 1, weighted means of those of their subsets that are here, and their mean.
-
-    The official mean (utils.calculate_scores_per_section) counts a section of which nothing is here as 0 and
-    does not see a subset that is missing. Ours is missing where anything is."""
-    scores = {}
+    """Sections of RewardBench 1 and their mean, missing where a subset is (the official one,
+    calculate_scores_per_section, counts an absent section as 0 and sees no absent subset)."""
+    scores, missing = {}, 0
     for section, weights in SECTIONS.items():
-        here = [name for name in weights if name in subsets]
-        missing = ", ".join(name for name in weights if name not in subsets)
-        scores[section] = weighted([subsets[name] for name in here], [weights[name] for name in here],
-                                   f"missing: {missing}" if missing else "")
-    sections = list(scores.values())
-    complete = not any(score.note for score in sections)
-    mean_of_four = weighted(sections, [1] * 4) if complete else Score(note="subsets are missing")
-    scores["mean of four sections"] = mean_of_four
-    scores["as rewardbench would"] = weighted([s if s.n else Score(0, 0) for s in sections], [1] * 4,
-                                              "" if complete else "an absent section counts 0")
-    return scores
+        here = {name: weight for name, weight in weights.items() if name in subsets}
+        missing += len(weights) - len(here)
+        if here:
+            shares = [weight / sum(here.values()) for weight in here.values()]
+            note = f"{len(here)} of {len(weights)} subsets"
+            scores[section] = combined([subsets[name] for name in here], shares, note)
+    mean = Score(note=f"{missing} subsets missing") if missing else combined([*scores.values()])
+    return scores | {"mean of four sections": mean}
 
+def best_of(scores: list[float | None]) -> float:
+    """Credit for a list whose first score is the right response's: 1/k if it is one of the k best.
+    None, no valid score, is below all others; nothing but None makes a guess. Of four this is
+    RewardBench 2 (utils.reroll_and_score_dataset), of two RewardBench 1 with a judge.
 
-def rewardbench2_best_of(scores) -> float:
-    """Credit for a list whose first score is the right response's: 1/k if it is one of the k best, else 0.
-
-    None, no valid score, is below all others; nothing but None makes a guess. Of four this is RewardBench 2
-    (utils.reroll_and_score_dataset), of two RewardBench 1 with a judge (ties and failures count one half).
-
-    >>> [rewardbench2_best_of(scores) for scores in ([7, 7, 3, 1], [None] * 4, [5, 6, 5, 5])]
+    >>> [best_of(scores) for scores in ([7, 7, 3, 1], [None] * 4, [5, 6, 5, 5])]
     [0.5, 0.25, 0.0]
     """
-    scores = [-math.inf if score is None else score for score in scores]
-    return 1 / scores.count(scores[0]) if scores[0] == max(scores) else 0.0
+    numbers = [-math.inf if score is None else score for score in scores]
+    return 1 / numbers.count(numbers[0]) if numbers[0] == max(numbers) else 0.0
 
-
-def rewardbench2_ties(items) -> float:
-    """Score of the Ties subset: 60% accuracy, 40% margins (rewardbench/utils.py, process_single_model).
-
-    items: {"id": "ref:3" or "tied:3", "scores", "num_correct"}, those of the right first. "ref" has one,
-    "tied" several, whose scores should differ less from each other than from the wrong ones.
-    Accuracies are over all prompts of a kind, margins over the prompts with both kinds. Up to 1.01.
-    """
+def ties_score(items: list[dict]) -> Score:
+    """Of the subset Ties (rewardbench/utils.py, process_single_model): 60% accuracy, 40% margins.
+    items: {"id": "ref:3" or "tied:3", "scores", "num_correct"}, the right ones' scores first. "ref"
+    has one, "tied" several, which should differ less from each other than from the wrong ones."""
     margin, spread = {"ref": {}, "tied": {}}, {}
     for item in items:
         kind, prompt = item["id"].split(":")
-        right, wrong = item["scores"][:item["num_correct"]], item["scores"][item["num_correct"]:]
+        right, wrong = item["scores"][: item["num_correct"]], item["scores"][item["num_correct"] :]
         margin[kind][prompt] = min(right) - max(wrong)
         if kind == "tied":
             spread[prompt] = max(right) - min(right)
-    both = [prompt for prompt in margin["tied"] if prompt in margin["ref"]]
-    hard = {prompt: min(margin["ref"][prompt], margin["tied"][prompt]) for prompt in both}
-    ratio = {p: hard[p] / spread[p] if spread[p] else math.copysign(math.inf, hard[p]) for p in both}
-    return (0.3 * mean([m > 0 for m in margin["tied"].values()])
-            + 0.3 * mean([m > 0 for m in margin["ref"].values()])
-            + 0.2 * mean([margin["tied"][p] > spread[p] for p in both])
-            + 0.2 * mean([hard[p] > spread[p] for p in both])
-            + 0.01 * mean([0 if hard[p] == spread[p] == 0 else math.tanh(ratio[p] - 1) for p in both]))
+    terms = [[(prompt, m > 0) for prompt, m in margin[kind].items()] for kind in ("tied", "ref")]
+    terms += [], [], []  # over the prompts with both kinds
+    for prompt in margin["tied"].keys() & margin["ref"].keys():
+        gap, smaller = spread[prompt], min(margin["ref"][prompt], margin["tied"][prompt])
+        ratio = smaller / gap if gap else math.copysign(math.inf, smaller)
+        terms[2].append((prompt, margin["tied"][prompt] > gap))
+        terms[3].append((prompt, smaller > gap))
+        terms[4].append((prompt, math.tanh(ratio - 1) if gap or smaller else 0.0))
+    score = combined([percent(term) for term in terms], [0.3, 0.3, 0.2, 0.2, 0.01], "at most 101")
+    return score._replace(n=len(margin["tied"] | margin["ref"]))
 
+def read_lists(options: Namespace) -> tuple[list[dict], int]:
+    """-> lists with one best response, and Ties, as {"id", "subset", "prompt", "responses" (right
+    ones first), "num_correct", "ties"}; how many others there were."""
+    lists, others = [], 0
+    for source in options.lists or [HUB_2 if options.v2 else HUB_1]:
+        for row, task in read_tasks(source, "preference", options.limit):
+            best_first = sorted(zip(task["scores"], task["responses"]), key=lambda pair: -pair[0])
+            right, texts = task["scores"].count(best_first[0][0]), [text for _, text in best_first]
+            subset = row.get("subset") or set_name(source)
+            ties = options.v2 and subset == "Ties"
+            if ties and not re.fullmatch("(ref|tied):[^:]+", str(row["id"])):
+                raise BadInput(f"{source}: row {row['id']}: id: expected ref:N or tied:N")
+            if right < len(texts) and (right == 1 or ties):
+                lists.append({"id": row["id"], "subset": subset, "prompt": task["prompt"],
+                              "responses": texts, "num_correct": right, "ties": ties})
+            others += right == len(texts) or right > 1 and not ties
+    if not lists:
+        raise BadInput("no list has one best response")
+    return lists, others
 
-class Item(NamedTuple):
-    """A list to judge, its right responses first."""
-    id: str
-    subset: str
-    prompt: list[dict]
-    responses: list[str]
-    num_correct: int
-    ties: bool  # of RewardBench 2: several are right; each response is shown and scored alone
-
-
-def preference_tasks(row) -> list[dict]:
-    """RewardBench 2 has lists of texts as `chosen` and `rejected`; the rest are schemas of data_prep.py."""
-    if isinstance(row, dict) and all(isinstance(row.get(key), list) for key in ("chosen", "rejected")):
-        good, bad = row["chosen"], row["rejected"]
-        if good and bad and all(isinstance(text, str) for text in [row.get("prompt"), *good, *bad]):
-            return [data_prep.task("preference", urpo.chat(row["prompt"]), responses=good + bad,
-                                   scores=[1.0] * len(good) + [0.0] * len(bad))]
-    return data_prep.convert(row)
-
-
-def read_items(source: str, options) -> tuple[list[Item], int]:
-    """-> pairs, or for --v2 lists of four with one best and Ties; and how many lists were of other sizes."""
-    items, others, size = [], 0, 4 if options.v2 else 2
-    for number, row, task in read_tasks(source, "preference", options.limit, preference_tasks):
-        ranked = sorted(zip(task["scores"], task["responses"]), key=lambda pair: -pair[0])
-        right = sum(score == ranked[0][0] for score, _ in ranked)
-        subset = row.get("subset") or options.subset or set_name(source)
-        item = Item(str(row.get("id", number)), subset, task["prompt"], [text for _, text in ranked], right,
-                    options.v2 and subset == "Ties")
-        if item.ties and not re.fullmatch("(ref|tied):[^:]+", item.id):
-            raise BadInput(f"{source}: row {number}: id: expected ref:N or tied:N, got {item.id}")
-        if item.ties and right < len(ranked) or (right, len(ranked)) == (1, size):
-            items.append(item)
-        else:
-            others += 1
-    if not items:
-        raise BadInput(f"{source}: has no list of {size} responses with one best")
-    return items, others
-
-
-def judge_items(run: Evaluation, items: list[Item]) -> list[list[list[float] | None]]:
-    """Verdicts on each item, scores of its responses in its own order or None: one for a random order of
-    showing them, one for the reverse. Ties: one of all responses, -1 for a score that does not parse."""
-    options, prompts, shown = run.options, [], []
-    tokenizer, context = urpo.load_tokenizer(options.model)
-    budget = min(options.judge_prompt_tokens, context - options.judge_max_new_tokens)
-    for k, item in enumerate(items):
-        rng, everyone = random.Random(f"{options.seed}/{k}"), range(len(item.responses))
+def judge_lists(run: Evaluation, lists: list[dict]):
+    """Add `verdicts` to each list: scores of its responses in their own order, or None; one for a
+    random order of showing them, one for the reverse. Of Ties each response is shown alone."""
+    config, model, prompts, asked = run.config, run.options.model, [], []
+    tokenizer, context = urpo.load_tokenizer(model)
+    limit = config.judge_max_new_tokens
+    config.judge_prompt_tokens = min(config.judge_prompt_tokens, context - limit)
+    for k, item in enumerate(lists):
+        rng, everyone = random.Random(f"{run.options.seed}/{k}"), range(len(item["responses"]))
         order = rng.sample(everyone, len(everyone))
-        for places in [[i] for i in everyone] if item.ties else [order, order[::-1]]:
-            shown.append((k, places))
-            texts = [item.responses[i] for i in places]
+        for shown in [[i] for i in everyone] if item["ties"] else [order, order[::-1]]:
+            asked.append((item, shown))
+            how = item["responses"], shown, tokenizer, rng, config
             try:
-                prompts.append(urpo.judge_prompt(tokenizer, item.prompt, texts, rng, budget))
+                prompts.append(urpo.judge_group(item, *how).prompt_ids)
             except ValueError:  # does not fit, even cut: not asked
                 prompts.append(None)
-    verdicts: list[list] = [[] for _ in items]
-    for (k, places), answer in zip(shown, run.generate("judgements", prompts, options.judge_max_new_tokens)):
-        scores = urpo.parse_scores(answer["text"], len(places)) if answer else None
-        verdicts[k].append([scores[places.index(i)] for i in sorted(places)] if scores else None)
-    return [[[v[0] if v else -1.0 for v in of_item]] if item.ties else of_item
-            for item, of_item in zip(items, verdicts)]
+        item |= {"verdicts": [], "critiques": []}
+    for (item, shown), [answer] in zip(asked, run.ask("judgements", model, prompts, limit)):
+        scores = urpo.parse_scores(answer["text"], len(shown))
+        in_order = [score for _, score in sorted(zip(shown, scores))] if scores else None
+        item["verdicts"].append(in_order)
+        item["critiques"].append(answer["text"])
 
+def credit(item: dict) -> dict:
+    """What two orders of a list earn. `score`: official credit. `strict`: a tie or no verdict is
+    wrong. `flip`: the orders have no best response in common. `parsed`: share of verdicts."""
+    verdicts, best = item["verdicts"], []
+    for verdict in filter(None, verdicts):
+        best.append({i for i, score in enumerate(verdict) if score == max(verdict)})
+    parsed = len(best) / len(verdicts)
+    if item["ties"]:  # scored as a whole, by ties_score
+        scores = [verdict[0] if verdict else -1.0 for verdict in verdicts]
+        return {"scores": scores, "parsed": parsed}
+    score = sum(best_of(verdict or [None] * len(item["responses"])) for verdict in verdicts) / 2
+    flip = float(not best[0] & best[1]) if len(best) == 2 else None
+    return {"score": score, "strict": best.count({0}) / 2, "flip": flip, "parsed": parsed}
 
-RATES = ["strict", "tie", "flip", "parsed"]
+def rewardbench(run: Evaluation) -> dict[str, Score]:
+    """RewardBench: does the model as the judge prefer the right response?"""
+    options, subsets, (lists, others) = run.options, {}, read_lists(run.options)
+    judge_lists(run, lists)
+    records = [item | credit(item) for item in lists]
 
+    def mean(name: str, part: list[dict]) -> Score:
+        return percent([(json.dumps(record["prompt"]), record.get(name)) for record in part])
 
-def item_record(item: Item, verdicts: list[list[float] | None]) -> dict:
-    """What is kept of an item. `score`: the official credit, mean of both orders. `strict`: a tie or no
-    verdict is wrong. `tie`: the right response shares the first place. `flip`: the orders have no best
-    response in common."""
-    record = {"id": item.id, "subset": item.subset, "num_correct": item.num_correct, "verdicts": verdicts}
-    if item.ties:  # scored as a whole, by rewardbench2_ties
-        return record | {"score": None, "parsed": mean([float(score > 0) for score in verdicts[0]])}
-    best = [{i for i, score in enumerate(v) if score == max(v)} for v in verdicts if v]
-    return record | {
-        "score": mean([rewardbench2_best_of(v or [None] * len(item.responses)) for v in verdicts]),
-        "strict": sum(b == {0} for b in best) / len(verdicts), "parsed": len(best) / len(verdicts),
-        "tie": mean([float(0 in b and len(b) > 1) for b in best]) if best else None,
-        "flip": float(not best[0] & best[1]) if len(best) == 2 else None}
-
-
-def ties_score(records: list[dict]) -> Score:
-    """Of the subset Ties, with the standard error of the jackknife over prompts."""
-    items = [{"id": r["id"], "scores": r["verdicts"][0], "num_correct": r["num_correct"]} for r in records]
-    prompts = sorted({item["id"].partition(":")[2] for item in items})
-    without = [rewardbench2_ties([item for item in items if item["id"].partition(":")[2] != prompt])
-               for prompt in prompts] if len(prompts) > 1 else []
-    error = (len(prompts) - 1) * standard_error(without)
-    return Score(100 * rewardbench2_ties(items), 100 * error, len(prompts), "n: prompts; at most 101")
-
-
-def rewardbench(options, ranks: Ranks) -> dict[str, Score]:
-    sources = options.data or [HUB_2 if options.v2 else HUB_1]
-    run = Evaluation("rewardbench2" if options.v2 else "rewardbench", options, ranks, sources)
-    parts = [read_items(source, options) for source in sources]
-    items = [item for part, _ in parts for item in part]
-    records = [item_record(item, verdicts) for item, verdicts in zip(items, judge_items(run, items))]
-    grouped = {item.subset: [r for r in records if r["subset"] == item.subset] for item in items}
-    is_ties = {item.subset: item.ties for item in items}
-    subsets = {name: ties_score(part) if is_ties[name] else percent([r["score"] for r in part])
-               for name, part in grouped.items()}
-    rates = {name: {rate: percent([r.get(rate) for r in part]) for rate in RATES}
-             for name, part in [*grouped.items(), ("all", records)]}
+    for name in dict.fromkeys(record["subset"] for record in records):
+        part = [record for record in records if record["subset"] == name]
+        subsets[name] = ties_score(part) if part[0]["ties"] else mean("score", part)
+    scores = {f"subset {name}": score for name, score in subsets.items()}
     if options.v2:
-        scores = {name: subsets.get(name, Score()) for name in SUBSETS_2}
-        scores["mean of six subsets"] = weighted(scores.values(), [1] * 6)
+        scores["mean of six subsets"] = combined([subsets.get(n, Score()) for n in SUBSETS_2])
     else:
-        scores = rewardbench_sections(subsets)
-    if not any(score.n for score in scores.values()):
-        scores = {}  # other data than RewardBench's
-    scores["all lists"] = percent([r["score"] for r in records], "their plain mean")
-    scores |= {f"all lists, {rate}": score for rate, score in rates["all"].items()}
+        scores |= rewardbench_sections(subsets)
+    for rate in ("score", "strict", "flip", "parsed"):
+        scores[f"all lists, {rate}"] = mean(rate, records)
+    folder = ("rewardbench2" if options.v2 else "rewardbench") + run.trial
+    run.write(f"{folder}/samples.json", records)
+    # the official tables want ORG/MODEL.json; a model of the Hub has its ORG already
+    model = f"local/{run.name}" if Path(options.model).exists() else options.model
+    official = {"model": model, "model_type": "Generative RM", "chat_template": None}
+    official |= {name: score.value / 100 for name, score in sorted(subsets.items())}
+    run.write(f"{folder}/eval-set/{model}.json", official)
+    return run.finish(folder, scores, {"lists without one best response, left out": others})
 
-    run.write("samples.jsonl", records)
-    official = {"model": run.name, "model_type": "Generative RM", "chat_template": None}
-    accuracies = official | {name: score.value / 100 for name, score in subsets.items()}
-    run.write(f"eval-set/{run.name}.json", dict(sorted(accuracies.items())))
-    texts = [[[*item.prompt, {"role": "assistant", "content": text}] for text in item.responses]
-             for item in items]
-    run.write(f"eval-set-scores/{run.name}.json", official | {
-        "text_chosen": [part[: item.num_correct] for item, part in zip(items, texts)],
-        "text_rejected": [part[item.num_correct :] for item, part in zip(items, texts)],
-        "results": [record["score"] for record in records],
-        "subset": [item.subset for item in items], "id": [item.id for item in items]})
-    if ranks.main:
-        print_table(["subset", "n", "score", *RATES],
-                    [[name, score.n, score, *rates[name].values()] for name, score in subsets.items()])
-    others = sum(count for _, count in parts)
-    kept = {name: {rate: part._asdict() for rate, part in {"score": score, **rates[name]}.items()}
-            for name, score in subsets.items()}
-    return run.finish(f"RewardBench {2 if options.v2 else 1}, {run.name} as the judge", scores,
-                      [f"{others} lists of other sizes are left out"] * (others > 0), subsets=kept)
-
-
-# ================================================================================ Reasoning
-def avg_at_n(outcomes) -> dict:
-    """Mean over problems of the share of right samples, from one list of 0 and 1 for each problem.
-
-    The standard error is over problems: samples of one problem share its luck, to pool them flatters it.
-    """
-    shares = [mean(samples) for samples in outcomes]
-    return {"avg": mean(shares), "standard_error": standard_error(shares), "n_problems": len(shares)}
-
-
-def pass_at_k(outcomes, k: int) -> float:
-    """Chance that one of k samples is right, unbiased: mean of 1 - C(n-c, k) / C(n, k) (Chen et al. 2021).
-
-    >>> pass_at_k([[1, 0, 0, 0], [0, 0, 0, 0]], 2)
-    0.25
-    """
-    if any(len(samples) < k for samples in outcomes):
-        raise ValueError(f"pass@{k} needs {k} samples of each problem")
-    return mean([1 - math.comb(samples.count(0), k) / math.comb(len(samples), k) for samples in outcomes])
-
-
-# What most papers average. AIME and AMC23 are small: --samples 32 at --temperature 0.6 to 1
+# ================================================================================= Reasoning
+# What most papers average. AIME and AMC23 are small: --samples 1 aime_2024=32@0.6 amc23=32@0.6
 SUITES = ["openai/gsm8k@main#test", "HuggingFaceH4/MATH-500#test", "HuggingFaceH4/aime_2024",
-          "math-ai/amc23#test", "math-ai/minervamath#test", "Hothan/OlympiadBench@OE_TO_maths_en_COMP"]
-
-
-def problem_tasks(row) -> list[dict]:
-    """Every schema of data_prep.py, and two that benchmarks have: `question` with a bare `answer` (AMC23,
-    Minerva), `question` with a list as `final_answer` (OlympiadBench)."""
-    if isinstance(row, dict) and "question" in row:
-        golds, answer = row.get("final_answer"), row.get("answer")
-        if isinstance(golds, list) and golds and all(isinstance(gold, str) for gold in golds):
-            question = "\n\n".join(filter(None, [row.get("context"), row["question"]]))
-            row = {"problem": question, "answer": ", ".join(gold.replace("$", "") for gold in golds)}
-        elif answer is not None and "####" not in str(answer):
-            row = {"problem": row["question"], "answer": answer}
-    return data_prep.convert(row)
-
+          "math-ai/amc23#test", "math-ai/minervamath#test",
+          "Hothan/OlympiadBench@OE_TO_maths_en_COMP"]
 
 def split_answers(text: str) -> list[str]:
-    """At the commas that stand in no bracket.
-
-    >>> split_answers("(1,8), 2")
-    ['(1,8)', '2']
-    """
+    """At the commas that stand in no bracket, and not in 1,250."""
     parts, depth = [""], 0
-    for character in text:
+    for character in re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text):
         depth += (character in "([{") - (character in ")]}")
-        parts += [""] if character == "," and depth == 0 else []
-        parts[-1] += "" if character == "," and depth == 0 else character
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
     return [part.strip() for part in parts]
 
-
-def check_answer(verify, completion: str, answer: str, several: bool) -> float:
-    """1 if the final answer is right, else 0. `several`: a list of answers, each of which must come once, in
-    any order (OlympiadBench)."""
-    golds, claims = split_answers(answer), split_answers(urpo.final_answer(completion))
-    if not several or len(golds) == 1:
-        return verify(completion, answer)
+def check_answer(verify, completion: str, answer: str) -> float:
+    """1 if the final answer is right, else 0. Of a list each must come once, in any order."""
+    golds, claims = split_answers(answer), split_answers(data_prep.final_answer(completion))
+    if verify(completion, answer) or len(golds) == 1 or len(golds) != len(claims):
+        return float(verify(completion, answer))
     for gold in golds:
-        claim = next((claim for claim in claims if verify(f"\\boxed{{{claim}}}", gold)), None)
-        if claim is None:
+        right = [claim for claim in claims if verify(f"\\boxed{{{claim}}}", gold)]
+        if not right:
             return 0.0
-        claims.remove(claim)
-    return float(not claims)
+        claims.remove(right[0])
+    return 1.0
 
+def read_suites(options: Namespace) -> dict[str, tuple[list, int, float]]:
+    """Suite -> (row, task) pairs, samples of each problem, their temperature (--samples)."""
+    suites = {}
+    for source in options.problems or SUITES:
+        if set_name(source) in suites:
+            raise BadInput(f"{source}: another set is called {set_name(source)} too")
+        suites[set_name(source)] = read_tasks(source, "verifiable", options.limit), 1, 0.0
+    for word in sorted(options.samples, key=lambda word: "=" in word):  # one suite's counts last
+        match = re.fullmatch(r"(?:(.+)=)?([1-9]\d*)(?:@(\d*\.?\d+))?", word)
+        n, temperature = (int(match[2]), float(match[3] or 0)) if match else (0, 0.0)
+        if not n or n > 1 and not temperature or match[1] and match[1] not in suites:
+            raise BadInput(f"--samples {word}: expected 1, N@TEMPERATURE or SUITE=N@TEMPERATURE, a "
+                           f"suite of {', '.join(suites)}"[:300])
+        for name in [match[1]] if match[1] else suites:
+            suites[name] = suites[name][0], n, temperature
+    return suites
 
-def reasoning(options, ranks: Ranks) -> dict[str, Score]:
-    n, limit, verify = options.samples, options.max_new_tokens, urpo.VERIFIERS[options.verifier]
-    sources = {set_name(source): source for source in options.data or SUITES}
-    if len(sources) < len(options.data):
-        raise BadInput(f"--data: two sets of one name: {', '.join(map(set_name, options.data))}")
-    run = Evaluation("reasoning", options, ranks, list(sources.values()))
-    suites = {suite: read_tasks(source, "verifiable", options.limit, problem_tasks)
-              for suite, source in sources.items()}
-    (tokenizer, context), scores, samples = urpo.load_tokenizer(options.model), {}, []
-    for suite, tasks in suites.items():
-        prompts = [urpo.verifiable_group(task, tokenizer, None, None).prompt_ids for _, _, task in tasks]
-        prompts = [fitting(ids, context, limit) for ids in prompts for _ in range(n)]
-        answers = iter(run.generate(suite, prompts, limit, options.temperature))
-        outcomes, cut = [], 0
-        for number, row, task in tasks:
-            several, outcomes = row.get("final_answer") is not None, [*outcomes, []]
-            for answer in itertools.islice(answers, n):
-                answer = answer or {"text": "", "tokens": 0, "truncated": True}  # the prompt does not fit
-                outcomes[-1].append(check_answer(verify, answer["text"], task["answer"], several))
-                cut += answer["truncated"]
-                samples.append({"suite": suite, "id": row.get("id", number), "prompt": task["prompt"],
-                                "answer": task["answer"], "claim": urpo.final_answer(answer["text"]),
-                                "correct": outcomes[-1][-1], **answer})
-        shares = avg_at_n(outcomes)
-        scores[f"{suite} avg@{n}"] = Score(100 * shares["avg"], 100 * shares["standard_error"], len(tasks),
-                                           f"{cut} of {n * len(tasks)} answers cut short" if cut else "")
-        for k in [2**i for i in range(1, n.bit_length())]:
-            scores[f"{suite} pass@{k}"] = percent([pass_at_k([of_problem], k) for of_problem in outcomes])
-    whole = [scores[f"{suite} avg@{n}"] for suite in suites]
-    scores["composite"] = weighted(whole, [1] * len(whole), f"unweighted mean of {len(whole)} suites")
-    run.write("samples.jsonl", samples)
-    how = f"{n} samples at temperature {options.temperature}" if options.temperature else "greedy"
-    return run.finish(f"Reasoning of {run.name}, {how}", scores, [f"verifier: {options.verifier}"])
+def reasoning(run: Evaluation) -> dict[str, Score]:
+    """Reasoning: share of problems with the right answer."""
+    options, suites, scores, averages, records = run.options, read_suites(run.options), {}, [], []
+    tokenizer, _ = urpo.load_tokenizer(options.model)
+    verify = data_prep.VERIFIERS[options.verifier]
+    for suite, (rows, n, temperature) in suites.items():
+        groups = [urpo.verifiable_group(task, tokenizer, None, run.config) for _, task in rows]
+        prompts = [group.prompt_ids for group in groups]
+        answers = run.ask(suite, options.model, prompts, options.max_new_tokens, n, temperature)
+        shares, chances, cut = [], {2**i: [] for i in range(1, n.bit_length())}, 0
+        for (row, task), of_problem in zip(rows, answers, strict=True):
+            prompt, texts = f"{suite} {json.dumps(task['prompt'])}", [a["text"] for a in of_problem]
+            correct = [check_answer(verify, text, task["answer"]) for text in texts]
+            # over problems: samples of one share its luck, to pool them would flatter the error
+            shares.append((prompt, sum(correct) / n))
+            for k, of_k in chances.items():  # pass@k, unbiased (Chen et al. 2021)
+                of_k.append((prompt, 1 - math.comb(correct.count(0), k) / math.comb(n, k)))
+            cut += sum(answer["truncated"] for answer in of_problem)
+            records.append({"suite": suite, "id": row["id"], "prompt": task["prompt"],
+                            "answer": task["answer"], "correct": correct, "texts": texts})
+        note = f"temperature {temperature}; {cut} of {n * len(rows)} answers cut short"
+        averages.append(percent(shares, note))
+        scores[f"{suite} avg@{n}"] = averages[-1]
+        scores |= {f"{suite} pass@{k}": percent(of_k) for k, of_k in chances.items()}
+    scores["composite"] = combined(averages, note=f"unweighted mean of {len(averages)} suites")
+    run.write(f"reasoning{run.trial}/samples.json", records)
+    return run.finish(f"reasoning{run.trial}", scores, {"is the verifier": options.verifier})
 
-
-# ================================================================================ All
-HEADLINES = {  # columns of the table: (command, its score)
-    "AlpacaEval, length-controlled": ("alpaca", "length-controlled win rate"),
-    "AlpacaEval, win rate": ("alpaca", "win rate"),
-    "RewardBench": ("rewardbench", "mean of four sections"),
-    "all judged lists": ("rewardbench", "all lists"),
-    "reasoning": ("reasoning", "composite"),
-}
-
-
-def tiny_world(options, ranks: Ranks):
-    """What `all` evaluates where there is no GPU: the newest tiny run, else its start, on held-out rows."""
+# ================================================================================= All models
+def tiny_world(options: Namespace, ranks: urpo.Ranks):
+    """What `all` is about if no model is named: the newest tiny run, else its start."""
     preset = urpo.PRESETS["tiny"]
     if ranks.main and not Path(preset["eval_data"]).exists():
         data_prep.make_tiny(Path(preset["eval_data"]).parent)
     ranks.gather(None)  # wait for the file
-    runs = Path(Config.out_dir).glob("tiny-*/final/config.json")
-    runs = sorted(runs, key=lambda path: path.stat().st_mtime)
+    runs = sorted(Path("runs").glob("tiny-*/final/config.json"), key=os.path.getmtime)
     options.model = [str(runs[-1].parent) if runs else preset["model"]]
-    options.reference = options.judge = "tiny"
-    options.pairs = options.problems = [preset["eval_data"]]
-    options.max_new_tokens = preset["max_new_tokens"]
-    options.judge_max_new_tokens = preset["judge_max_new_tokens"]
+    options.lists = options.problems = [preset["eval_data"]]
+    for flag in {"verifier", "max_new_tokens", "judge_max_new_tokens"}.difference(options.given):
+        setattr(options, flag, preset.get(flag, "plain"))
 
-
-def everything(options, ranks: Ranks):
-    """The paper's table, a row for each model. Each part is what its own command does, in the same folder."""
-    if not options.model:
+def evaluate(options: Namespace):
+    """All three. Of several models every score of the others minus that of the first is shown."""
+    check_options(options)
+    transformers_logging.disable_progress_bar()
+    ranks, commands = urpo.Ranks(urpo.Config(device=options.device)), [options.command]
+    if options.tiny:
         tiny_world(options, ranks)
-    if options.name and len(options.model) > 1:
-        raise BadInput(f"--name {options.name}: one name for {len(options.model)} models")
-    rows = []
-    for model in options.model:
-        row = {"model": options.name or model_name(model)}
-        for command in ("alpaca", "rewardbench", "reasoning"):
-            part, given = vars(make_parser().parse_args([command])), vars(options)
-            part |= {flag: given[flag] for flag in part if flag in given}
-            part |= {"command": command, "model": model}
-            if "data" in part:
-                part["data"] = options.pairs if command == "rewardbench" else options.problems
-            scores = COMMANDS[command](argparse.Namespace(**part), ranks)
-            row |= {key: scores.get(name, Score()) for key, (of, name) in HEADLINES.items() if of == command}
-        rows.append(row)
+    # runs/NAME/final is NAME; what comes from elsewhere is called like its folder
+    elsewhere = [Path(options.annotations or options.outputs).resolve().parent]
+    paths = [Path(model).resolve() for model in options.model] or elsewhere
+    names = [path.parent.name if path.name == "final" else path.name for path in paths]
+    names, models = options.name or names, options.model or [""]
+    if len(names) != len(models) or len(set(names)) < len(names):
+        raise BadInput(f"{len(models)} models called {', '.join(names)}: a --name for each"[:300])
+    # what is wrong is said before the first answer is made
+    runs = [Evaluation(options, model, name, ranks) for model, name in zip(models, names)]
+    columns = {name: {} for name in names}
+    for model in filter(None, [*models, options.judge]):
+        urpo.load_tokenizer(model)
+    if options.command == "all":
+        commands = ["alpaca", "rewardbench", "reasoning"]
+        read_lists(options)
+        read_suites(options)
+    for run in runs:
+        for command in commands:
+            scores = COMMANDS[command](run)
+            columns[run.name] |= {f"{command}: {name}": score for name, score in scores.items()}
+    first = columns[names[0]]
+    for name in names[1:]:
+        column = columns[f"{name} - {names[0]}"] = {}
+        for score, old in first.items():
+            column[score] = combined([columns[name][score], old], [1, -1])._replace(n=old.n)
+    records = {name: {s: c[s].record() for s in c} for name, c in columns.items()}
+    runs[0].write(f"../{options.command}-{'+'.join(names)[:150]}{runs[0].trial}.json", records)
     if ranks.main:
-        path = Path(options.out_dir) / f"all{trial_suffix(options.limit)}.json"
-        named = [{key: score._asdict() if key in HEADLINES else score for key, score in row.items()}
-                 for row in rows]
-        path.write_text(to_json({"scale": "percent", "rows": named, "versions": versions()}, indent=2))
-        print(f"\n{trial_mark(options.limit)}Percent ± standard error (n).")
-        print_table(["model", *HEADLINES],
-                    [[row["model"], *(f"{row[key]} ({row[key].n})" for key in HEADLINES)] for row in rows])
-        print(f"written to {path}")
+        rows = [[s, *[c[s] for c in columns.values()], first[s].n, first[s].note] for s in first]
+        print("\nPercent ± standard error over prompts; of a difference over the same ones, paired")
+        print_table([options.command + runs[0].trial, *columns, "n", ""], rows)
 
-
-COMMANDS = {"alpaca": alpaca, "rewardbench": rewardbench, "reasoning": reasoning, "all": everything}
-
-
-# ================================================================================ Curves
-# what a reader looks at first: (title, names of metrics that are drawn into one panel)
-PANELS = [
-    ("held out: verifiable accuracy", ["eval/verifiable_accuracy", "eval/verifiable_accuracy_greedy"]),
-    ("held out: referee's pairwise accuracy", ["eval/referee_accuracy", "eval/referee_accuracy_greedy"]),
-    ("held out: true quality of open answers", ["eval/true_quality", "eval/true_quality_greedy"]),
-    ("reward", ["reward/verifiable", "reward/preference"]),
-    ("open answers: the referee's score, the truth", ["raw_score/open", "true_quality/open"]),
-    ("open answers: does the reward order them rightly?", ["reward_tau/open"]),
-    ("open answers: entropy of scores, nats", ["score_entropy/open"]),
-    ("length, tokens", ["length/open", "length/verifiable", "length/preference"]),
-    ("flat groups", ["flat/open", "flat/verifiable", "flat/preference"]),
-    ("judgements that parse", ["parse_rate/open", "parse_rate/preference"]),
-    ("entropy, nats", ["entropy"]),
-    ("KL, nats", ["kl"]),
-]
-# what is tabled of the steps of training, beside everything held out
-TABLED = ["raw_score/open", "true_quality/open", "reward_tau/open", "score_entropy/open", "tie_rate/open",
-          "length/open", "flat/verifiable", "flat/preference", "flat/open"]
+# ================================================================================= Curves
+PANELS = {  # what a reader looks at first; these are tabled, too
+    "held out: problems": ["eval/verifiable_accuracy", "eval/verifiable_accuracy_greedy"],
+    "held out: referee's pairs": ["eval/referee_accuracy", "eval/referee_accuracy_greedy"],
+    "held out: true quality, open": ["eval/true_quality", "eval/true_quality_greedy"],
+    "open: the referee's score, the truth": ["raw_score/open", "true_quality/open"],
+    "open: does the reward order rightly?": ["reward_tau/open"],
+    "reward": ["reward/verifiable", "reward/preference"],
+    "length, tokens": ["length/open", "length/verifiable", "length/preference"],
+    "flat groups": ["flat/open", "flat/verifiable", "flat/preference"],
+    "judgements that parse": ["parse_rate/open", "parse_rate/preference"],
+    "nats": ["entropy", "kl"],
+}
 STYLES = ["-", "--", ":"]
 WINDOW = 10  # steps of training that a value is the mean of: single ones are noise
 
+def points(seeds: list[list[dict]], name: str) -> dict[int, tuple[float, float]]:
+    """Step -> mean of a metric over seeds and its standard error: over seeds, or of one seed over
+    prompts (`NAME_se`, where the run wrote it). Of training, means of the last WINDOW steps."""
+    values, of_one, found = {}, {}, {}
+    for lines in seeds:
+        lines = [line for line in lines if name in line]
+        for i, line in enumerate(lines):
+            first = i if name.startswith("eval/") else max(0, i + 1 - WINDOW)
+            recent = [earlier[name] for earlier in lines[first : i + 1]]
+            values.setdefault(line["step"], []).append(sum(recent) / len(recent))
+            of_one[line["step"]] = line.get(f"{name}_se", math.nan)
+    for step, of_seeds in values.items():
+        if len(of_seeds) == len(seeds):  # else a seed has not come so far
+            error = stdev(of_seeds) / len(seeds) ** 0.5 if len(seeds) > 1 else of_one[step]
+            found[step] = fmean(of_seeds), error
+    return found
 
-def read_run(folder: str) -> list[dict]:
-    """The lines of a run's metrics.jsonl; BadInput if it is not a run."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.is_file():
-        raise BadInput(f"{folder}: not a run (it has no metrics.jsonl)")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    if not lines:
-        raise BadInput(f"{path}: has no lines yet")
-    return lines
-
-
-def smooth(values: list[float]) -> list[float]:
-    """Mean over the last WINDOW values."""
-    return [sum(values[max(0, i + 1 - WINDOW) : i + 1]) / min(WINDOW, i + 1) for i in range(len(values))]
-
-
-def series(lines: list[dict], name: str) -> dict[int, float]:
-    """Step -> value of one metric of one run; those of training are smoothed."""
-    points = {line["step"]: line[name] for line in lines if name in line}
-    return points if name.startswith("eval/") else dict(zip(points, smooth(list(points.values()))))
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean over seeds and its standard error; 0 for one seed, which has no band."""
-    return mean(values), standard_error(values) if len(values) > 1 else 0.0
-
-
-def spread(values: list[float]) -> str:
-    middle, error = mean_and_error(values)
-    return f"{middle:.3f}" + f" ± {error:.3f}" * (len(set(values)) > 1)
-
-
-def seeds_by_arm(runs: dict[str, list[dict]]) -> dict[str, list[list[dict]]]:
-    """Runs whose names differ only in a trailing -sN are seeds of one arm."""
-    arms: dict[str, list[list[dict]]] = {}
-    for name, lines in runs.items():
-        arms.setdefault(re.sub(r"-s\d+$", "", name), []).append(lines)
-    return arms
-
-
-def print_columns(title: str, columns: dict[str, dict[str, str]]) -> None:
-    """One row for each name in the columns."""
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    print()
-    print_table([title, *columns], [[name, *(c.get(name, "") for c in columns.values())] for name in names])
-
-
-def tables(arms: dict[str, list[list[dict]]]) -> None:
-    """Mean ± standard error over seeds: held-out scores at the first and the last evaluation (arms that start
-    from one model share a column), and what training looked like in its last steps."""
-    held_out, training = {}, {}
+def curve_table(arms: dict[str, list[list[dict]]]):
+    """The first and the last value of everything held out and of what is drawn of training."""
+    drawn, columns = sum(PANELS.values(), []), {"n": {}}
     for arm, seeds in arms.items():
-        for which in (0, -1):
-            held = [[line for line in lines if any("eval/" in name for name in line)] for lines in seeds]
-            chosen = [lines[which] for lines in held if lines]
-            column = {name.removeprefix("eval/"): spread([line[name] for line in chosen])
-                      for name in (chosen[0] if chosen else []) if name != "step"}
-            if column and column not in held_out.values():
-                held_out[f"{arm}, step {chosen[0]['step']}"] = column
-        last = {name: [list(series(lines, name).values())[-1:] for lines in seeds] for name in TABLED}
-        tokens = sum(line.get("trained_tokens", 0) for lines in seeds for line in lines) / len(seeds)
-        column = {name: spread(sum(values, [])) for name, values in last.items() if any(values)}
-        column["tokens in the loss, thousands"] = f"{tokens / 1000:.0f}"
-        training[f"{arm}, n {len(seeds)}"] = column
-    print_columns("held out", held_out)
-    print_columns(f"last {WINDOW} steps of training", training)
+        over = f"± over {len(seeds)} seeds" if len(seeds) > 1 else "1 seed, ± over prompts"
+        for name in dict.fromkeys(name for line in seeds[0] for name in line):
+            if name in drawn or name.startswith("eval/") and not name.endswith(("_n", "_se")):
+                rows = [line.get(f"{name}_n", "") for line in seeds[0] if name in line]
+                columns["n"][name], of_arm = rows[-1], list(points(seeds, name).values())
+                for which, (mean, error) in zip(("first", "last"), (of_arm[0], of_arm[-1])):
+                    text = f"{mean:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+                    columns.setdefault(f"{arm}, {which} ({over})", {})[name] = text
+    rows = [[name, *[c.get(name, "") for c in columns.values()]] for name in columns["n"]]
+    print_table([f"eval/: held out; else means of {WINDOW} steps", *columns], rows)
 
-
-def curves(folders: list[str], out: str) -> None:
-    """Tables and a picture: a colour for each arm (mean over its seeds, band: standard error), a line style
-    for each metric of a panel."""
-    arms = seeds_by_arm({Path(folder).name: read_run(folder) for folder in folders})
-    tables(arms)
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install matplotlib")
-        return
+def curves(options: Namespace):
+    """A table and a picture of the metrics of runs: a colour for each arm (runs whose names differ
+    only in a last -sN are its seeds), its standard error as a band, a style for each metric."""
+    arms, out = {}, options.out or "curves.png"
+    for run in options.run:
+        arm = re.sub(r"-s\d+$", "", Path(run).resolve().name)
+        arms.setdefault(arm, []).append(read_lines(Path(run) / "metrics.jsonl"))
+    curve_table(arms)
+    if not importlib.util.find_spec("matplotlib"):
+        return print("no picture: pip install matplotlib")
+    import matplotlib
     matplotlib.use("Agg")  # to a file, also where there is no screen
     from matplotlib import pyplot
-
-    shown = [(title, names) for title, names in PANELS
-             if any(series(lines, name) for seeds in arms.values() for lines in seeds for name in names)]
-    rows = math.ceil(len(shown) / 4) or 1  # a Hub model's runs know no true quality: no empty panels for it
-    figure, axes = pyplot.subplots(rows, 4, figsize=(16, 10 * rows / 3), squeeze=False)
-    for axis in axes.flat[len(shown):]:
-        axis.set_axis_off()
-    for axis, (title, names) in zip(axes.flat, shown):
+    figure, axes = pyplot.subplots(2, 5, figsize=(20, 8))
+    for axis, (title, metrics) in zip(axes.flat, PANELS.items()):
+        axis.set(title=title, xlabel="step")
         for colour, seeds in enumerate(arms.values()):
-            for style, name in zip(STYLES, names):
-                points = [series(lines, name) for lines in seeds]
-                steps = sorted(set.intersection(*map(set, points)))
-                if steps:
-                    bands = [mean_and_error([of_seed[step] for of_seed in points]) for step in steps]
-                    axis.plot(steps, [middle for middle, _ in bands], style, color=f"C{colour}")
-                    low, high = zip(*((middle - error, middle + error) for middle, error in bands))
-                    axis.fill_between(steps, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
-        axis.set_title(title, fontsize=10)
-        if len(names) > 1:
-            keys = [pyplot.Line2D([], [], color="black", linestyle=style) for style, _ in zip(STYLES, names)]
-            axis.legend(keys, [name.removeprefix("eval/") for name in names], fontsize=7)
-    handles = [pyplot.Line2D([], [], color=f"C{colour}", linewidth=3) for colour in range(len(arms))]
-    labels = [f"{arm} (n {len(seeds)})" for arm, seeds in arms.items()]
-    figure.legend(handles, labels, loc="lower center", ncols=len(arms))
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+            for style, metric in zip(STYLES, metrics):
+                steps, values = [*points(seeds, metric)], [*points(seeds, metric).values()]
+                means, errors = torch.tensor(values).reshape(-1, 2).T
+                look, marker = {"color": f"C{colour}"}, "o" if len(steps) <= 20 else ""
+                axis.plot(steps, means, style, marker=marker, markersize=4, **look)
+                axis.fill_between(steps, means - errors, means + errors, alpha=0.15, **look)
+        keys = [pyplot.Line2D([], [], color="black", linestyle=s) for s in STYLES[: len(metrics)]]
+        axis.legend(keys, [metric.removeprefix("eval/") for metric in metrics], fontsize=7)
+    keys = [pyplot.Line2D([], [], color=f"C{colour}") for colour in range(len(arms))]
+    figure.legend(keys, [f"{arm} (n {len(seeds)})" for arm, seeds in arms.items()], loc="center")
+    figure.tight_layout(h_pad=4)
+    if Path(out).suffix[1:] not in figure.canvas.get_supported_filetypes():
+        raise BadInput(f"--out {out}: not a kind of picture that matplotlib writes")
     figure.savefig(out, dpi=75)
     print(out)
 
+# ================================================================================= Samples
+STYLE = """<style> body { font: 14px/1.5 sans-serif } tr:first-child { background: #eee }
+table { border-collapse: collapse; margin: 1em 0 } pre { white-space: pre-wrap; margin: 0 }
+td { border: 1px solid #ccc; padding: .3em .6em; vertical-align: top } </style>"""
 
-# ================================================================================ Main
-EACH, PLAYER, JUDGE = "alpaca rewardbench reasoning all", "alpaca reasoning all", "rewardbench all"
-FLAGS = [  # (commands, flag, default, help)
-    (EACH, "model", "", "model folder or Hub name; several for all"),
-    (EACH, "out_dir", "evals", "folder of all results"),
-    (EACH, "name", "", "what the model is called; its folder or run unless said"),
-    (EACH, "limit", 0, "a trial on the first N of each set; 0: all of them"),
-    (EACH, "seed", 0, "of samples, and of the order in which responses are shown"),
-    (EACH, "device", "", "cpu or cuda; cuda where there is one unless said"),
-    (EACH, "stop_tokens", "", "further stop tokens, comma-separated (base model with chat template)"),
-    (EACH, "rollout_tokens", 131072, "tokens in one batch of model.generate: bounds the KV cache"),
-    (PLAYER, "max_new_tokens", 2048, "longest answer, tokens"),
-    (PLAYER, "temperature", 0.0, "of answers; 0: greedy"),
-    ("alpaca all", "reference", "", "outputs to compare with; the Hub's unless said; tiny: people's"),
-    ("alpaca all", "judge", "", "a local model; none: only model_outputs.json; tiny: true quality"),
-    ("alpaca all", "annotations", "", "score these judgements (official format), ask no model"),
-    ("alpaca all", "gamed", "", "table like df_gamed.csv; the Hub's, for its 805 instructions"),
-    ("alpaca all", "difficulty", "", "table like instruction_difficulty.csv, instead of the gamed one's"),
-    ("rewardbench", "data", [], "files or Hub sets; RewardBench on the Hub unless said"),
-    ("all", "pairs", [], "--data of rewardbench"),
+def html_table(rows: list[dict]) -> str:
+    """All that models and data say passes here, and is escaped: nothing in it is markup."""
+    parts = ["<table>"]
+    for values in [rows[0], *[row.values() for row in rows]]:
+        texts = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in values]
+        parts += ["<tr>", *[f"<td><pre>{html.escape(text)}</pre></td>" for text in texts]]
+    return "".join([*parts, "</table>"])
+
+def group_tables(lines: list[dict]) -> list[str]:
+    """One prompt's group, a line for each completion: what was asked, what was paid for what."""
+    first, rows, shown = lines[0], [], lines[0].get("responses") or []  # shown: of a judge list
+    labels = urpo.LABELS[: len(shown)]
+    tables = [[{message["role"]: message["content"]}] for message in first["prompt"]]
+    truth = zip(labels, first["truth"] or [], shown)
+    true_rows = [{"response": label, "true score": t, "": text} for label, t, text in truth]
+    if first["truth"] is not None:
+        tables.append(true_rows or [{"true answer": first["truth"]}])
+    for i, line in enumerate(lines):
+        rows.append({"completion": i, "reward": line["reward"]})
+        if shown:
+            scores = urpo.parse_scores(line["completion"], len(shown)) or ["does not parse"]
+            rows[-1][f"scores of {labels}"] = " ".join(map(str, scores))
+        if "true_quality" in line:
+            rows[-1]["true quality"] = line["true_quality"]
+        rows[-1][""] = line["completion"]
+    tables.append(sorted(rows, key=lambda row: 9 if row["reward"] is None else -row["reward"]))
+    for judged in first.get("judged") or []:  # of an open group: who was shown, what was said
+        scores = judged["scores"] or ["does not parse"] * len(judged["shown"])
+        given = [f"completion {i}: {score}" for i, score in zip(judged["shown"], scores)]
+        tables.append([{"the referee": "\n".join(given), "its critique": judged["critique"]}])
+    return [html_table(table) for table in tables]
+
+def samples(options: Namespace):
+    """A page (HTML, self-contained) of what a run sampled and what it paid."""
+    name, groups = html.escape(Path(options.run).resolve().name), {}
+    out = options.out or f"{options.run}/samples.html"
+    for line in read_lines(Path(options.run) / "samples.jsonl"):
+        groups.setdefault(line["step"], {}).setdefault(line["kind"], []).append(line)
+    steps = [step for step in groups if not options.steps or step in options.steps]
+    if not steps:
+        raise BadInput(f"--steps: there are samples of {', '.join(map(str, groups))}"[:300])
+    parts = [f'<!doctype html><meta charset="utf-8"><title>{name}</title>{STYLE}<h1>{name}</h1>']
+    for step in steps:
+        parts.append(f"<details{' open' * (step == steps[-1])}><summary>step {step}</summary>")
+        for kind, lines in groups[step].items():
+            parts += [f"<h3>{html.escape(kind)}</h3>", *group_tables(lines)]
+        parts.append("</details>")
+    Path(out).write_text("\n".join(parts), encoding="utf-8")
+    print(out)
+
+# ================================================================================= Main
+COMMANDS = {"alpaca": alpaca, "rewardbench": rewardbench, "reasoning": reasoning, "all": evaluate,
+            "curves": curves, "samples": samples}
+ASKING, JUDGE = "alpaca rewardbench reasoning all", "rewardbench all"
+FLAGS = [  # (commands, flag, default, help); a list takes several values
+    (ASKING, "model", [], "model folders or Hub names; several are compared with the first"),
+    (ASKING, "name", [], "what the models are called; their folders or runs"),
+    (ASKING, "out_dir", "evals", "folder of all results"),
+    (ASKING, "limit", 0, "a trial on the first N of each set; 0: all of them"),
+    (ASKING, "seed", 0, "of samples, and of the order in which responses are shown"),
+    (ASKING, "device", "", "cpu or cuda; cuda where there is one"),
+    (ASKING, "stop_tokens", "", "further stop tokens, comma-separated (base model, chat template)"),
+    (ASKING, "rollout_tokens", 131072, "tokens in a batch of model.generate: bounds the KV cache"),
+    ("alpaca reasoning all", "max_new_tokens", 2048, "longest answer, tokens"),
+    ("alpaca all", "temperature", 0.0, "of answers to AlpacaEval; 0: greedy"),
+    ("alpaca all", "reference", "", "outputs to compare with; gpt4_1106_preview's on the Hub"),
+    ("alpaca all", "judge", "", "a local model; none: answers are written, not judged"),
+    ("alpaca", "outputs", "", "answers to judge, like model_outputs.json"),
+    ("alpaca", "annotations", "", "judgements to count, like annotations.json"),
+    ("alpaca all", "gamed", "", "df_gamed.csv, for length control; the Hub's"),
+    (JUDGE, "lists", [], "files or Hub sets; RewardBench on the Hub"),
     (JUDGE, "v2", False, "RewardBench 2: best of four, and Ties"),
-    (JUDGE, "subset", "", "subset of rows that name none; the file's name unless said"),
     (JUDGE, "judge_max_new_tokens", 1024, "longest judgement, tokens"),
-    (JUDGE, "judge_prompt_tokens", 8192, "longest judge prompt; responses lose their middle to fit"),
-    ("reasoning", "data", [], "files or Hub sets; six suites on the Hub unless said"),
-    ("all", "problems", [], "--data of reasoning"),
-    ("reasoning all", "samples", 1, "answers to each problem: avg@n and pass@k"),
-    ("reasoning all", "verifier", "plain", "plain or math_verify, as in urpo.py"),
+    ("reasoning all", "problems", [], "files or Hub sets; six suites on the Hub"),
+    ("reasoning all", "samples", ["1"], "of a problem: N@TEMPERATURE, SUITE=N@TEMPERATURE"),
+    ("reasoning all", "verifier", "math_verify", "math_verify (the package) or plain"),
+    ("curves samples", "out", "", "file to write; curves.png, samples.html in the run's folder"),
+    ("samples", "steps", [], "only these steps"),
 ]
 
-
-def make_parser() -> argparse.ArgumentParser:
+def parse(arguments: list[str] | None) -> Namespace:
+    """What is given (`given`: the flags) over the defaults. A command refuses others' flags."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = argparse.ArgumentParser("eval.py", None, __doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
-        command = commands.add_parser(name, allow_abbrev=False)
+        command = commands.add_parser(name, help=function.__doc__, allow_abbrev=False)
+        if name in ("curves", "samples"):
+            command.add_argument("run", nargs="+" if name == "curves" else None, help="run folder")
         for of_commands, flag, default, text in FLAGS:
+            how = {"type": type(default)}
+            if isinstance(default, list):
+                how = {"type": int if flag == "steps" else str, "nargs": "+"}
+            elif default is False:
+                how = {"action": "store_true"}
             if name in of_commands.split():
-                kind = {"nargs": "+"} if type(default) is list or (name, flag) == ("all", "model") else (
-                    {"action": "store_true"} if default is False else {"type": type(default)})
-                command.add_argument(f"--{flag}", default=default, help=text, **kind)
-    command = commands.add_parser("curves", help="draw metrics of runs", allow_abbrev=False)
-    command.add_argument("runs", nargs="+", help="run folders")
-    command.add_argument("--out", default="curves.png", help="picture to write (default curves.png)")
-    return parser
+                how["help"] = f"{text} (default {default})" if default else text
+                command.add_argument(f"--{flag}", default=None, **how)
+    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    return Namespace(**{flag: value for _, flag, value, _ in FLAGS} | given, given=list(given))
 
+def check_options(options: Namespace):
+    """BadInput for what the parser cannot know, before a file is read or a folder is made."""
+    command, player = options.command, "model max_new_tokens temperature stop_tokens seed "
+    options.tiny = command == "all" and not options.model
+    for applies, flags, why in [  # flags that would have no effect
+        (options.annotations, player + "judge outputs rollout_tokens", "--annotations are judged"),
+        (options.outputs, player, "--outputs are answers"),
+        (options.tiny, "reference judge gamed lists problems v2", "no --model: the tiny world"),
+        (not options.judge and not options.annotations, "gamed", "there is no --judge"),
+        (command == "alpaca" and not options.temperature, "seed", "--temperature is 0"),
+    ]:
+        for flag in {*flags.split()}.intersection(options.given) if applies else []:
+            raise BadInput(f"--{flag} has no effect: {why}")
+    for _, flag, default, _ in FLAGS:
+        if isinstance(default, (int, float)) and not getattr(options, flag) >= min(1, default):
+            raise BadInput(f"--{flag}: expected at least {min(1, default)}")
+    needed = options.verifier == "math_verify" and command in ("reasoning", "all")
+    for wrong, message in [
+        (not (options.model or options.tiny or options.outputs or options.annotations),
+         "--model is missing"),
+        (options.outputs and not options.judge, "--outputs needs a --judge"),
+        (options.verifier not in data_prep.VERIFIERS, "--verifier: math_verify or plain"),
+        (needed and not options.tiny and not importlib.util.find_spec("math_verify"),
+         "--verifier math_verify: pip install math-verify (or --verifier plain)"),
+        (options.device not in ("", "cpu", "cuda"), "--device: cpu or cuda"),
+    ]:
+        if wrong:
+            raise BadInput(message)
 
-def check_options(options):
-    """BadInput for what the parser cannot know."""
-    given = vars(options)
-    for name, least in {"limit": 0, "temperature": 0, "samples": 1, "max_new_tokens": 1, "rollout_tokens": 1,
-                        "judge_max_new_tokens": 1, "judge_prompt_tokens": 1}.items():
-        if given.get(name, least) < least:
-            raise BadInput(f"--{name} {given[name]}: expected at least {least}")
-    if given.get("samples", 1) > 1 and not options.temperature:
-        raise BadInput(f"--samples {options.samples}: at --temperature 0 they would all be the same")
-    if given.get("verifier", "plain") not in urpo.VERIFIERS:
-        raise BadInput(f"--verifier {options.verifier}: expected {' or '.join(urpo.VERIFIERS)}")
-    if given.get("verifier") == "math_verify" and not importlib.util.find_spec("math_verify"):
-        raise BadInput("--verifier math_verify: pip install math-verify")
-    tiny = options.command == "all" and (options.device == "cpu" or not torch.cuda.is_available())
-    if not options.model and not given.get("annotations") and not tiny:
-        raise BadInput("--model is missing")
-
-
-def main(arguments=None):
-    options = make_parser().parse_args(arguments)
-    if options.command == "curves":
-        return curves(options.runs, options.out)
-    check_options(options)
-    transformers_logging.disable_progress_bar()
-    with Ranks(Config(device=options.device)) as ranks:
-        COMMANDS[options.command](options, ranks)
-
+def main(arguments: list[str] | None = None):
+    options = parse(arguments)
+    try:
+        {"curves": curves, "samples": samples}.get(options.command, evaluate)(options)
+    except KeyboardInterrupt:
+        print("\nstopped; answers are kept: the same command goes on", file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as error:  # a full disk, a folder that cannot be written to: it names it
+        raise BadInput(str(error)[:300])
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
     main()

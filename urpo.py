@@ -1242,6 +1242,9 @@ class Log:
             for c in group.completions:
                 line["completion"] = c.text
                 line["reward"] = c.reward if math.isfinite(c.reward) else None
+                if line["kind"] == "open" and group.row.get("source") == "tiny":
+                    asked = group.row["prompt"][-1]["content"]
+                    line["true_quality"] = tiny_quality(asked, c.text)
                 self.write("samples.jsonl", json.dumps(line, ensure_ascii=False))
             asked = group.row["prompt"][-1]["content"][-50:]
             self.say(f"  {line['kind']:<10} {c.reward:+.2f} | {asked!r} -> {c.text[-90:]!r}")
