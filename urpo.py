@@ -866,13 +866,14 @@ class Ranks:
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.main, self.fsdp, torchrun = self.rank == 0, {}, "RANK" in os.environ
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is fine
-        gpus, shard = torch.cuda.is_available(), config.shard_size or self.world
-        self.device = torch.device(config.device or ("cuda" if gpus else "cpu"))
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device, shard = torch.device(config.device or default), config.shard_size or self.world
         cuda, chosen = self.device.type == "cuda", self.device.index
         if self.world % shard:
             raise BadInput(f"--shard_size {shard} does not divide the {self.world} ranks")
-        if cuda and (not gpus or (torchrun and chosen is not None)):
-            raise BadInput(f"--device {config.device}: no GPU here, or torchrun's to choose")
+        count = torch.cuda.device_count()
+        if cuda and ((chosen or 0) >= count or (torchrun and chosen is not None)):
+            raise BadInput(f"--device {config.device}: {count} GPUs here; torchrun chooses its own")
         if cuda:
             self.device = torch.device("cuda", chosen or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
@@ -1001,6 +1002,9 @@ def read_weights(model, name: str, ranks: Ranks):
         folder = Path(name)
         if not folder.is_dir():
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
+        files = [path.name for path in folder.glob("*.safetensors")]
+        if len(files) > 1 and not all("-of-" in name for name in files):  # all would be read
+            raise ValueError(f"weights stand there twice: {sorted(files)[:3]}")
         reader = dcp.HuggingFaceStorageReader(str(folder))
         stored = reader.read_metadata().state_dict_metadata
         state = {key: tensor for key, tensor in state.items() if key not in tied}
