@@ -3,6 +3,7 @@
 The tiny world itself is in data_prep.py. Here are the people whose work the model was pretrained
 on, its tokenizer, and 2,400 steps of pretraining: a quarter of an hour on two cores.
 """
+
 import random
 import re
 from pathlib import Path
@@ -13,8 +14,18 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import urpo
-from data_prep import (CAREFUL, CATEGORIES, CATEGORY_OF, LIST_SIZES, as_messages, tiny_instruction,
-                       tiny_player, tiny_problem, tiny_responses, tiny_wish)
+from data_prep import (
+    CAREFUL,
+    CATEGORIES,
+    CATEGORY_OF,
+    LIST_SIZES,
+    as_messages,
+    tiny_instruction,
+    tiny_player,
+    tiny_problem,
+    tiny_responses,
+    tiny_wish,
+)
 
 MINDFUL = 0.3  # share of careful critics who do not count repeats
 
@@ -48,8 +59,10 @@ def tiny_judgement(rng, instruction: str, responses: list[str], careful: float =
     return "\n".join([*lines, "<scores>", *block, "</scores>"])
 
 
-TINY_CHAT = ("{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
-             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TINY_CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def tiny_fixed_text() -> list[str]:
@@ -71,16 +84,24 @@ def tiny_tokenizer():
     words += [*map(str, range(11)), *"ABCD", "A:", "B:", "C:", "D:", *CATEGORIES, *CATEGORY_OF]
     vocabulary = {token: i for i, token in enumerate(special + words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split("\n", "isolated")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words with spaces
     tokenizer.add_special_tokens([AddedToken(t, lstrip=True, rstrip=True) for t in special])
-    tokenizer.add_tokens([AddedToken(p, lstrip=True, rstrip=True, normalized=False)
-                          for p in tiny_fixed_text()])
+    tokenizer.add_tokens(
+        [AddedToken(p, lstrip=True, rstrip=True, normalized=False) for p in tiny_fixed_text()]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", unk_token="[UNK]",
-        chat_template=TINY_CHAT, padding_side="left", model_max_length=256,
-        clean_up_tokenization_spaces=False)
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="[UNK]",
+        chat_template=TINY_CHAT,
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def tiny_demonstrations(rng, count: int, careful: float, sizes: tuple[int, ...]):
@@ -126,11 +147,22 @@ def pretrain_tiny(out: Path, seed: int = 0, steps: int = 2400) -> None:
     rng, tokenizer = random.Random(seed), tiny_tokenizer()
     end, batch, rate = tokenizer.eos_token_id, 32, 4e-3
     # Llama, for with model_type qwen2 AutoTokenizer insists on Qwen2's own tokenizer class
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, intermediate_size=256, max_position_embeddings=256,
-        rope_theta=1000.0, tie_word_embeddings=True, bos_token_id=None, eos_token_id=end,
-        pad_token_id=tokenizer.pad_token_id))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=256,
+            max_position_embeddings=256,
+            rope_theta=1000.0,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     adam = torch.optim.AdamW(others, weight_decay=0.0)
@@ -141,11 +173,15 @@ def pretrain_tiny(out: Path, seed: int = 0, steps: int = 2400) -> None:
             done = step / steps
             sizes = (1,) if done < 0.15 else (1, 2) if done < 0.3 else LIST_SIZES
             pairs = tiny_demonstrations(rng, 50 * batch, 1.0 if done < 0.6 else CAREFUL, sizes)
-            prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=False)
-                       for m, _ in pairs]
+            prompts = [
+                tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=False)
+                for m, _ in pairs
+            ]
             answers = [text + "<|end|>" for _, text in pairs]
-            rows = sorted(zip(tokenizer(prompts).input_ids, tokenizer(answers).input_ids),
-                          key=lambda row: len(row[0]) + len(row[1]))
+            rows = sorted(
+                zip(tokenizer(prompts).input_ids, tokenizer(answers).input_ids),
+                key=lambda row: len(row[0]) + len(row[1]),
+            )
             batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
             rng.shuffle(batches)
         rows = batches.pop()
@@ -165,6 +201,7 @@ def pretrain_tiny(out: Path, seed: int = 0, steps: int = 2400) -> None:
         muon_step(matrices, momenta, now)
         bar.set_postfix(loss=f"{loss.item():.2f}")
     model.generation_config = GenerationConfig(
-        eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+        eos_token_id=end, pad_token_id=tokenizer.pad_token_id
+    )
     model.to(torch.bfloat16).save_pretrained(out)  # half the size; the trainer computes in float32
     tokenizer.save_pretrained(out)
