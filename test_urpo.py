@@ -1139,10 +1139,9 @@ SAYS_24 = [
     "it costs $24.00!", r"\boxed{\text{24}}", r"\boxed{{24}}", "so $20 + 4 = 24$", r"so \(x = 24\)",
     r"\fbox{24} of 50", r"so \boxed 24 of 50", "\\boxed{\n24\n} of 50"]
 SAYS_NOT_24 = [
-    "", "First 24, no: 25", r"\boxed{24} and then \boxed{7}", r"\boxed{24}. No: \boxed{}",
-    "at 12:24", "24-year-old", r"<think>it may be \boxed{24}", r"\boxed{24}</think> I mean 25",
-    r"24, so \boxed{24", r"so $x = 24\sqrt{3}$", r"it is \(\frac{5}{24}\).", r"it is \frac{5}{24}",
-    "2^{24}"]
+    "", "First 24, no: 25", r"\boxed{24}. No: \boxed{}", "at 12:24", "24-year-old",
+    r"<think>it may be \boxed{24}", r"\boxed{24}</think> I mean 25", r"24, so \boxed{24",
+    r"so $x = 24\sqrt{3}$", r"it is \(\frac{5}{24}\).", r"it is \frac{5}{24}", "2^{24}"]
 HOSTILE = [
     "^".join("9" * 40), "(" * 100_000, "1 " + "a b " * 70, "10^{99999999}", "1e99999999", r"\frac",
     r"\frac{1}{" * 50, r"\frac{1}{0}", "\ud800\0", "1" + " " * 290 + "x", "9" * 90 + "e99"]
@@ -1513,6 +1512,7 @@ def test_tiny_world(tmp_path, monkeypatch):
     assert data_prep.tiny_quality("Name 2 different tools", "saw apple dog saw") == 0.25
     few = {"train": (300, 300, 300), "heldout": (30, 30, 30)}
     monkeypatch.setattr(data_prep, "TINY_ROWS", few)
+    monkeypatch.setattr(data_prep, "tiny_problem", lambda rng: (f"{rng.random():.3f}", "", ""))
     data_prep.main(["--tiny", str(tmp_path)])
     train, held = (data_prep.load_rows(f"{tmp_path}/{side}.jsonl") for side in few)
     assert len(train) == 900 and not set(map(words_of, train)) & set(map(words_of, held))
@@ -1644,7 +1644,7 @@ def test_eval_length_controlled(monkeypatch):
     part, name = evaluators.length_controlled(table[1:], gamed), "length-controlled win rate"
     for some, value in ((rows[::-1], score.value), (rows[1:], part)):
         assert evaluators.alpaca_scores(some, order, known)[name].value == pytest.approx(value)
-    for unknown in ((rows, order, None), (rows, [], known), (rows, order[1:], known)):
+    for unknown in ((rows, order, None), (rows, [], known), (rows, [*order, "w99"], known)):
         got = evaluators.alpaca_scores(*unknown)[name]
         assert str(got) == "missing" and "needs" in got.note
 
@@ -1717,7 +1717,7 @@ PROBLEMS = [  # row, its answer, what a model says, is it right?
     ({"question": "Q?", "final_answer": ["$(1,8)$", "2"]}, "(1,8), 2", "\\boxed{2, (1,8)}", 1),
     ({"problem": "Q?", "answer": "1,-2"}, "1,-2", "\\boxed{-2, 1}", 1),
     ({"problem": "Q?", "answer": "1,-2"}, "1,-2", "\\boxed{1,-2,3}", 0),
-    ({"problem": "Q?", "answer": "(1,2)"}, "(1,2)", "\\boxed{(2,1)}", 0),
+    ({"problem": "Q?", "answer": "(1,2), (3,4)"}, "(1,2), (3,4)", "\\boxed{(1,4), (3,2)}", 0),
     ({"problem": "Q?", "answer": "1,1"}, "1,1", "\\boxed{1,2}", 0),
     ({"problem": "Q?", "answer": "1000, 2"}, "1000, 2", "\\boxed{2, 1,000}", 1)]
 DICE = random.Random(0)
@@ -1731,8 +1731,7 @@ FAKES = [  # responses, what a judge says of those shown; score, strict, flip, p
 
 @pytest.mark.parametrize("row, answer, said, right", PROBLEMS)
 def test_eval_problems(tmp_path, row, answer, said, right):
-    """Bug: the schema of a suite is not known; a list of answers in another order is wrong, or
-    right when one is missing, twice or too many."""
+    """Bug: a suite's schema is not known; lists of answers are compared in order, or in part."""
     [(_, task)] = evaluators.read_tasks(write_rows(tmp_path / "x.jsonl", [row]), "verifiable", 0)
     assert (task["prompt"][-1]["content"], task["answer"]) == ("Q?", answer)
     assert evaluators.check_answer(data_prep.verify_answer, said, answer) == right
@@ -1871,23 +1870,25 @@ def test_eval_goes_on(evaluate, tmp_path):
 def test_eval_samples_by_suite(evaluate, tmp_path, monkeypatch):
     """Bug: one number of samples for all suites; pass@k by 1 - (1 - p)^k, which is biased, or
     without an error; samples of one problem pooled as independent; every suite called `test`."""
-    outcomes = {"w1?": [1, 0, 0, 0], "w2?": [1, 1, 1, 0], "w3?": [0] * 4}
-    rows = [{"problem": prompt, "answer": "7"} for prompt in outcomes]
+    outcomes = [[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    rows = [{"problem": f"w{i}?", "answer": "7"} for i in range(3)]
     (tmp_path / "aime").mkdir()
-    paths = [write_rows(tmp_path / name, rows) for name in ("aime/test.jsonl", "gsm.v2.jsonl")]
+    paths = [write_rows(tmp_path / "aime/test.jsonl", rows)]
+    paths += [write_rows(tmp_path / "gsm.v2.jsonl", rows[:2])]
 
     def ask(self, what, model, prompts, limit, n, temperature):
         assert (what, n, temperature) in [("aime", 4, 0.6), ("gsm.v2", 1, 0.0)]
-        said = [["\\boxed{7}" * right for right in rights[:n]] for rights in outcomes.values()]
-        return [[{"text": text, "truncated": False} for text in texts] for texts in said]
+        said = []
+        for rights in outcomes[: len(prompts)]:
+            said.append([{"text": "\\boxed{7}" * r, "truncated": False} for r in rights[:n]])
+        return said
 
     monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
     scores = evaluate("reasoning", problems=paths, samples=["aime=4@.6", "1"])[0]["scores"]
     found = {name: (score["value"], score["error"]) for name, score in scores.items()}
     assert found["aime avg@4"] == pytest.approx((100 / 3, 22.0479), abs=1e-4)
     assert found["aime pass@2"] == pytest.approx((50, 50 / 3**0.5))  # 1/2, 1, 0
-    both = (22.0479**2 + (100 / 3) ** 2) ** 0.5 / 2
-    assert found["composite"] == pytest.approx((50, both), abs=1e-4)
+    assert found["composite"] == pytest.approx((200 / 3, 22.0479 / 2), abs=1e-4)  # of suites
 
 
 def test_eval_two_ranks(evaluate, folder, tmp_path):
@@ -1907,8 +1908,7 @@ def test_eval_two_ranks(evaluate, folder, tmp_path):
 
 
 def test_eval_compares(evaluate, folder, monkeypatch, tmp_path):
-    """Bug: of two models no difference, or with an error that is not of the same rows; the
-    file of one comparison is written over by the next."""
+    """Bug: of two models no difference, or the error of unpaired rows; a file written over."""
 
     def answer(self, what, prompts, limit, n, temperature):
         said = ["\\boxed{1}" * (sum(ids) % (2 + 2 * (self.name == "b")) == 0) for ids in prompts]
@@ -2006,8 +2006,7 @@ def test_curves_of_seeds(tmp_path, capsys):
 
 
 def test_samples_page(tmp_path):
-    """Bug: what a model writes becomes part of the page; the truth is beside another response; not
-    all completions are there, or not the steps asked for."""
+    """Bug: what a model writes becomes markup; the truth of another response; lines are lost."""
     hostile = "<script>alert('x')</script> \"quoted\" & </pre></td> \u202e é 漢字"
     shared = {"prompt": turn(hostile), "judged": []}
     judge = shared | {"kind": "preference", "responses": [hostile, "worse"], "truth": [4.0, 1.0]}
