@@ -46,6 +46,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
@@ -990,7 +991,8 @@ def in_one_line(what: str):
     """What a disk, a model folder or a template does wrong is the user's to mend: no traceback."""
     try:
         yield
-    except (OSError, ValueError, TemplateError, dcp.CheckpointException) as error:
+    except (OSError, ValueError, TemplateError, StrictDataclassError,
+            dcp.CheckpointException) as error:
         if isinstance(error, dcp.CheckpointException):  # of the first rank that failed
             error = next(iter(error.failures.values()))[0]
         raise BadInput(f"{what}: {str(error).strip().splitlines()[0][:200]}")
@@ -1441,6 +1443,8 @@ def prompt_cache(model, prompts: list[list[int]], n: int, room: int) -> Cache:
     each, with `room` for new tokens. A prompt a forward: no padding, and no memory for more."""
     parts = []
     for prompt in prompts:
+        if len(prompt) < 2:
+            raise BadInput("a prompt of one token: its chat template writes nothing around it")
         cache, ids = DynamicCache(), torch.tensor([prompt[:-1]], device=model.device)
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)  # FSDP: a root forward
         parts.append(cache.layers)
