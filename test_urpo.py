@@ -1882,21 +1882,23 @@ def test_eval_two_ranks(evaluate, folder, tmp_path):
 
 
 def test_eval_compares(evaluate, folder, monkeypatch, tmp_path):
-    """Bug: of two models no difference, or the error of unpaired rows; a file written over."""
+    """Bug: of two models no difference, or the error of unpaired rows; answers mixed up."""
 
     def answer(self, what, prompts, limit, n, temperature):
-        said = ["\\boxed{1}" * (sum(ids) % (2 + 2 * (self.name == "b")) == 0) for ids in prompts]
+        right = [self.name == "a" or sum(ids) % 2 for ids in prompts]
+        said = [f"\\boxed{{{ids.count(WORDS.index('w9')) * r}}}" for ids, r in zip(prompts, right)]
         return [[{"text": text, "truncated": False}] for text in said]
 
     monkeypatch.setattr(evaluators.Evaluation, "answer", answer)
-    rows = [{"problem": f"w{i} w{i * i}?", "answer": "1"} for i in range(12)]
+    rows = [{"problem": f"w{i + 10}" + " w9" * (i % 4), "answer": str(i % 4)} for i in range(12)]
+    rows[0]["answer"] = rows[1]["answer"] = "9"
     flags = dict(problems=write_rows(tmp_path / "x.jsonl", rows), max_new_tokens=3)
     evaluate("reasoning", model=[save(tmp_path / "other"), folder], name=["a", "b"], **flags)
     columns = json.loads((tmp_path / "evals/reasoning-a+b.json").read_text())
     paths = [tmp_path / f"evals/{name}/reasoning/samples.json" for name in "ab"]
     old, new = [[x["correct"][0] for x in json.loads(path.read_text())] for path in paths]
     gain = 100 * (torch.tensor(new) - torch.tensor(old))
-    assert list(columns) == ["a", "b", "b - a"] and gain.mean() != 0 and gain.std() > 0
+    assert list(columns) == ["a", "b", "b - a"] and old == [0, 0] + [1] * 10 and gain.std() > 0
     expected = {"value": gain.mean().item(), "error": gain.std().item() / 12**0.5, "n": 12}
     found = columns["b - a"]["reasoning: composite"]
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
