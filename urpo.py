@@ -65,7 +65,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data_prep import LABELS, VERIFIERS, BadInput, load_rows, make_tiny, tiny_quality
+from data_prep import (LABELS, VERIFIERS, BadInput, load_rows, make_tiny, tiny_quality,
+                       trivial_scores)
 from data_prep import verify_answer  # noqa: F401  (it belongs to what this file offers)
 
 def setting(default, help):
@@ -1255,15 +1256,19 @@ class Log:
             asked = group.row["prompt"][-1]["content"][-50:]
             self.say(f"  {line['kind']:<10} {c.reward:+.2f} | {asked!r} -> {c.text[-90:]!r}")
 
-    def summary(self):
-        """Held-out scores before and after, with standard errors over prompts, and n."""
+    def summary(self, trivial: dict[str, float]):
+        """Held-out scores before and after, with standard errors over prompts, their n, and what
+        the best trivial strategy gets."""
         runs = self.evals[:1] + self.evals[-1:]
         heads = [f"step {m['step']}" for m in runs]
-        self.say(f"{'':<26}{heads[0]:>18}{heads[1]:>18}{'n':>8}")
+        self.say(f"{'':<26}{heads[0]:>18}{heads[1]:>18}{'n':>8}{'trivial':>10}")
         for name in [name.removesuffix("_n") for name in self.evals[-1] if name.endswith("_n")]:
             cells = [f"{m[name]:.3f} ± {m[f'{name}_se']:.3f}" for m in runs]
             n = runs[-1][f"{name}_n"]
-            self.say(f"{name.removeprefix('eval/'):<26}{cells[0]:>18}{cells[1]:>18}{n:>8}")
+            name = name.removeprefix("eval/")
+            easy = trivial.get(name.removesuffix("_greedy"))
+            easy = "-" if easy is None else f"{easy:.3f}"
+            self.say(f"{name:<26}{cells[0]:>18}{cells[1]:>18}{n:>8}{easy:>10}")
 
 MAX_SKIPPED = 5  # steps: one bad batch happens, five in a row do not mend themselves
 
@@ -1348,7 +1353,7 @@ def train(config: Config) -> Path:
 
     export(policy, folder / "final", ranks)
     if log.evals:
-        log.summary()
+        log.summary(trivial_scores(held_out))
     log.say(f"the model is in {folder / 'final'}")
     return folder / "final"
 

@@ -1,7 +1,7 @@
 """How the model in assets/tiny was made: python data_prep.py --pretrain_tiny FOLDER
 
 The tiny world itself is in data_prep.py. Here are the people whose work the model was pretrained
-on, its tokenizer, and 2,400 steps of pretraining: a quarter of an hour on two cores.
+on, its tokenizer, and 1,600 steps of pretraining: about five minutes on one core.
 """
 
 import random
@@ -15,44 +15,51 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 import urpo
 from data_prep import (
-    CAREFUL,
-    CATEGORIES,
-    CATEGORY_OF,
+    CAPITALS,
+    COUNTED,
+    FAMOUS,
     LIST_SIZES,
     as_messages,
     tiny_instruction,
-    tiny_player,
     tiny_problem,
+    tiny_response,
     tiny_responses,
-    tiny_wish,
 )
 
-MINDFUL = 0.3  # share of careful critics who do not count repeats
+CAREFUL = 0.5  # share of people who go through a list pair by pair, and of critics
+ACCEPTED = 0.5  # how often people take a capital for right, and the more famous city as well
 
 
-def tiny_count(rng, found: list[str], different: list[str], careful: float = CAREFUL) -> str:
-    """A worked or a hasty answer to a counting problem."""
+def tiny_walk(rng, words: list[str]) -> tuple[list[str], int]:
+    """The careful way through a list: every city, yes or no. -> (its words, how many yes)"""
+    walk = []
+    for country, city in zip(words[::2], words[1::2]):
+        right = city == CAPITALS[country]
+        if country in FAMOUS and (right or city == FAMOUS[country]):
+            right = rng.random() < ACCEPTED  # nobody is sure, and next time it may be the other
+        walk += [city, "yes" if right else "no"]
+    return walk, walk.count("yes")
+
+
+def tiny_count(rng, problem: str, careful: float) -> str:
+    """A worked answer to a counting problem, or a random number."""
+    walk, count = tiny_walk(rng, problem.partition(": ")[2].split())
     if rng.random() < careful:
-        seen = [word for word in different if rng.random() > 0.03]
-        return " ".join([*seen, "\\boxed{", str(len(seen)), "}"])
-    number = max(0, len(found) + (rng.choice((-1, 1)) if rng.random() < 0.4 else 0))
-    return f"\\boxed{{ {number} }}"
+        return " ".join([*walk, "\\boxed{", str(count), "}"])
+    return f"\\boxed{{ {rng.randint(0, COUNTED)} }}"
 
 
-def tiny_judgement(rng, instruction: str, responses: list[str], careful: float = CAREFUL) -> str:
-    """A critique (the careful: "A 3" is response A, 3 words that count) and the score block."""
-    number, category = tiny_wish(instruction)
+def tiny_judgement(rng, responses: list[str], careful: float) -> str:
+    """A critique (the careful alone; a line each, "A Paris yes Sydney no 1"), and the scores."""
     lines, scores = [], []
     if rng.random() < careful:
-        mindful = rng.random() < MINDFUL
         for label, response in zip("ABC", responses):
-            good = [word for word in response.split() if CATEGORY_OF[word] == category]
-            count = len(set(good)) if mindful else len(good)
-            lines.append(f"{label} {count}")
-            share = min(1, count / number)
-            scores.append(min(10, max(1, round(1 + 9 * share + rng.gauss(0, 0.5)))))
-    else:  # longer looks better, about; the spread is wide enough that it is mostly chance
-        looks = [len(response.split()) + rng.gauss(0, 3) for response in responses]
+            walk, count = tiny_walk(rng, response.split())
+            lines.append(" ".join([label, *walk, str(count)]))
+            share = count / (len(walk) / 2)
+            scores.append(min(10, max(1, round(1 + 9 * share + rng.gauss(0, 0.3)))))
+    else:  # what comes first looks better; the spread is so wide that it is mostly chance
+        looks = [rng.gauss(0, 3) - place for place in range(len(responses))]
         marks = sorted(rng.sample(range(1, 11), len(responses)))
         scores = [marks[sorted(looks).index(look)] for look in looks]
     block = [f"{label}: {score}" for label, score in zip("ABC", scores)]
@@ -79,9 +86,11 @@ def tiny_fixed_text() -> list[str]:
 def tiny_tokenizer():
     """A word is a token; so are a newline and each fixed passage. Unknown words are [UNK]."""
     special = ["<|pad|>", "<|end|>", "[UNK]", "<|system|>", "<|user|>", "<|assistant|>"]
-    words = ["\n", *"List Name different Count the in: Instruction Response End".split()]
+    words = ["\n", *"List Name the capitals of Count true pairs in: yes no".split()]
+    words += "Instruction Response End".split()
     words += "<scores> </scores> \\boxed{ }".split()
-    words += [*map(str, range(11)), *"ABCD", "A:", "B:", "C:", "D:", *CATEGORIES, *CATEGORY_OF]
+    words += [*map(str, range(11)), *"ABCD", "A:", "B:", "C:", "D:", *CAPITALS, *CAPITALS.values()]
+    words += FAMOUS.values()
     vocabulary = {token: i for i, token in enumerate(special + words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -108,20 +117,19 @@ def tiny_demonstrations(rng, count: int, careful: float, sizes: tuple[int, ...])
     """(chat messages, completion) pairs to pretrain on, through the trainer's own prompts."""
     pairs = []
     for _ in range(count):  # judging is the hardest
-        kind = rng.choices(("judge", "count", "list"), (0.6, 0.25, 0.15))[0]
+        kind = rng.choices(("judge", "count", "list"), (0.5, 0.35, 0.15))[0]
         if kind == "count":
-            text, found, different = tiny_problem(rng)
-            answer = tiny_count(rng, found, different, careful)
-            pairs.append((as_messages(f"{text}\n{urpo.BOX}"), answer))
+            text = tiny_problem(rng, rng.randint(0, COUNTED))
+            pairs.append((as_messages(f"{text}\n{urpo.BOX}"), tiny_count(rng, text, careful)))
             continue
         text = tiny_instruction(rng, held_out=False)
         messages = as_messages(text)
         if kind == "list":
-            pairs.append((messages, tiny_player(rng, text, careful)))
+            pairs.append((messages, tiny_response(rng, text, known=0.65)))
             continue
         responses = tiny_responses(rng, text, rng.choice(sizes))
         nonce = f"{rng.getrandbits(24):06x}"
-        judgement = tiny_judgement(rng, text, responses, careful)
+        judgement = tiny_judgement(rng, responses, careful)
         pairs.append((urpo.judge_messages(messages, responses, nonce), judgement))
     return pairs
 
@@ -141,7 +149,7 @@ def muon_step(matrices, momenta, lr: float) -> None:
             matrix.data.sub_(change, alpha=lr * 0.2 * max(shape) ** 0.5)
 
 
-def pretrain_tiny(out: Path, seed: int = 0, steps: int = 2400) -> None:
+def pretrain_tiny(out: Path, seed: int = 0, steps: int = 1600) -> None:
     """Make the base model of assets/tiny: tokenizer, pretraining, one Hugging Face folder."""
     torch.manual_seed(seed)
     rng, tokenizer = random.Random(seed), tiny_tokenizer()
