@@ -849,8 +849,9 @@ def test_metrics_of_judgements(judged):
     metrics = observed(group)
     assert {name: metrics[f"{name}/preference"] for name in expected} == pytest.approx(expected)
 
-    wish = dict(prompt=turn("List 2 different fruits"), source="tiny")
-    group = answers("apple pear", "apple apple", "saw dog", "saw apple", **wish)  # 1, .5, 0, .5
+    wish = dict(prompt=turn("List the capitals of Peru Cuba"), source="tiny")
+    texts = ["Peru Lima Cuba Havana", "Peru Lima", "saw dog", "saw dog Cuba Havana"]
+    group = answers(*texts, **wish)  # 1, .5, 0, .5
     judged([group], lambda g, _: [10.0 if t[0] == "s" else 1.0 for t in g.responses], judgements=1)
     metrics = observed(group)
     assert metrics["raw_score/open"] == metrics["true_quality/open"] == 0.5
@@ -1480,22 +1481,50 @@ def test_sums_are_right():
 
 
 def test_tiny_world(tmp_path, monkeypatch):
-    """Bug: repeats, foreign words or padding are paid for; held-out rows are trained on."""
-    assert data_prep.tiny_quality("List 3 different fruits", "apple pear plum") == 1
-    assert data_prep.tiny_quality("List 3 different fruits", "apple apple plum") == 2 / 3
-    assert data_prep.tiny_quality("Name 2 different tools", "saw apple dog saw") == 0.25
-    few = {"train": (300, 300, 300), "heldout": (30, 30, 30)}
+    """Bug: famous cities, padding, countries not asked for are paid; held-out rows are trained on;
+    preference rows tell what only verdicts shall tell; a trivial strategy gets much."""
+    wish = "Name the capitals of Peru Turkey"
+    for answer, quality in (
+        ("Peru Lima Turkey Ankara", 1),
+        ("Turkey Ankara Peru Lima", 1),
+        ("Peru Lima Turkey Istanbul", 0.5),
+        ("Peru Lima Peru Lima", 0.5),
+        ("Peru Lima Turkey Ankara Cuba Havana Kenya Nairobi", 0.5),
+        ("Lima Ankara", 0),
+        ("", 0),
+    ):
+        assert data_prep.tiny_quality(wish, answer) == quality
+    few = {"train": (300, 300, 300), "heldout": (36, 30, 60)}
     monkeypatch.setattr(data_prep, "TINY_ROWS", few)
-    monkeypatch.setattr(data_prep, "tiny_problem", lambda rng: (f"{rng.random():.3f}", "", ""))
+    draw, rng = data_prep.tiny_problem, random.Random(0)
+    again = lambda _, count: draw(random.Random(rng.randrange(400)), count)  # noqa: E731
+    monkeypatch.setattr(data_prep, "tiny_problem", again)  # many problems come twice
     data_prep.main(["--tiny", str(tmp_path)])
     train, held = (data_prep.load_rows(f"{tmp_path}/{side}.jsonl") for side in few)
     assert len(train) == 900 and not set(map(words_of, train)) & set(map(words_of, held))
+    for row in train + held:
+        words = words_of(row).split()
+        if row["kind"] == "verifiable":
+            pairs = list(zip(words[5::2], words[6::2]))
+            right = [data_prep.CAPITALS[country] == city for country, city in pairs]
+            assert len(pairs) == 5 and sum(right) == int(row["answer"])
+        elif row["kind"] == "preference" and row in train:
+            assert not set(words) & set(data_prep.FAMOUS)
+    assert len({words_of(row) for row in held if row["kind"] == "open"}) > 50
+    assert {word for row in train for word in words_of(row).split()} >= set(data_prep.FAMOUS)
+
+    scores = data_prep.trivial_scores(held)
+    assert scores["verifiable_accuracy"] == pytest.approx(1 / 6)
+    assert 0.5 <= scores["referee_accuracy"] < 0.62 and scores["true_quality"] < 0.6
+    pair = dict(kind="preference", prompt="x", responses=["aaa", "b", "cc"], scores=[3, 2, 2])
+    scores = data_prep.trivial_scores([pair, dict(pair, responses=["aaa", "b", "cccc"])])
+    assert scores == {"referee_accuracy": 0.75, "referee_tau": 0.5}
 
 
 def test_warm_up_teaches_the_form_alone(tmp_path, monkeypatch):
     """Bug: targets end with another stop token than the template's; a truth is taught; no model."""
     rows = [{"kind": "preference", "prompt": "a", "responses": ["It is 1", "2"], "scores": [9, 1]}]
-    rows += [{"kind": "verifiable", "prompt": "Count the different fruits in: plum", "answer": "1"}]
+    rows += [{"kind": "verifiable", "prompt": "Count the true pairs in: Peru Lima", "answer": "1"}]
     path, load, seen = write_rows(tmp_path / "x.jsonl", rows), urpo.load_actor, []
 
     def load_actor(*arguments, **options):
