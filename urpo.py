@@ -129,8 +129,8 @@ PRESETS = {
     # mean over tokens, for short hasty answers would win over long careful ones (docs/results.md)
     "tiny": dict(model=str(Path(__file__).resolve().parent / "assets/tiny"),
                  data="data/tiny/train.jsonl", eval_data="data/tiny/heldout.jsonl",
-                 steps=100, mix="16:8:16", learning_rate=4e-4, aggregate="token", max_new_tokens=16,
-                 judge_max_new_tokens=64, list_size=3, eval_every=25, eval_rows=300),
+                 steps=100, mix="16:8:16", learning_rate=6e-4, aggregate="token", max_new_tokens=16,
+                 judge_max_new_tokens=64, list_size=3, eval_every=25, eval_rows=200),
     # one GPU of 24 GB
     "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB),
     # eight GPUs of 80 GB; a base model stops at <|endoftext|>, its template ends turns otherwise
