@@ -8,13 +8,9 @@ Without --preset and --model the hardware decides; --help explains each setting.
 the rows of small and 7b. SIGTERM finishes the step and saves; `--resume true` goes on.
 
 Sections 1 to 6 are the algorithm and carry the numbers of README's steps; `urpo_step`, at the end
-of 6, is all of it: read it first. Behind them: 7 what is measured, 8 ranks and checkpoints, 9 the
-run, 10 speed (for the clock alone).
-
-How this differs from the paper. Its full text was not at hand, so these are our choices: the judge
-prompt and its score block; tau-a, and -1.5 for a judgement that does not parse; open rewards from
-ranks in random short sub-lists, not from raw scores; a greedy referee; every coefficient in Config;
-for weak models a supervised warm-up on the form alone (data_prep.py --warm_up)."""
+of 6, is all of it: read it first. The paper's full text was not at hand: the judge prompt, tau-a,
+-1.5 for what does not parse, open rewards from ranks in short sub-lists, a greedy referee and every
+coefficient in Config are our choices."""
 import fcntl
 import functools
 import itertools
@@ -37,8 +33,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Callable, Literal
 
-# CPU tensors in huge pages: 5 % faster, 15 % less memory, because 500 times fewer pages fault;
-# on a GPU segments that can grow, because every batch of prompts has another size
+# CPU tensors in huge pages: 5 % faster, 15 % less memory. On a GPU segments that can grow
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
@@ -122,8 +117,7 @@ class Config:
 HUB = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl", verifier="math_verify",
            microbatch_tokens=16384, gradient_checkpointing=True)
 PRESETS = {
-    # two cores, two minutes: a small transformer in its own little language (data_prep.py)
-    # 40 steps: by 80 the policy fools its referee (docs/results.md)
+    # two cores, two minutes; by step 80 the policy fools its referee (docs/results.md)
     "tiny": dict(model=str(Path(__file__).resolve().parent / "assets/tiny"),
                  data="data/tiny/train.jsonl", eval_data="data/tiny/heldout.jsonl",
                  steps=40, mix="8:8:8", learning_rate=4e-4, kl_coef=0.03, max_new_tokens=16,
@@ -193,11 +187,9 @@ def without_thoughts(text: str) -> str:
 
 def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> list[dict]:
     """The one judge prompt of training, self-scoring and evaluation, as chat messages. Labels
-    A, B, ... in the given order; thoughts are not shown.
-
-    Responses are data: `nonce` (random, new for every prompt) marks the true delimiters, and what
-    spells one, a score block or the like of a special token is broken apart; all else stays byte
-    for byte. The parts are joined, never formatted, so braces in data are harmless."""
+    A, B, ... in the given order. Responses are data: `nonce` (random, new for every prompt) marks
+    the true delimiters, and what spells one, a score block or the like of a special token is broken
+    apart; all else stays byte for byte."""
     forged = re.compile(rf"<\s*/?\s*scores\s*>|<\|[^|<>\s]+\|>|{re.escape(nonce)}", re.IGNORECASE)
     turns = [(m["role"].capitalize(), break_apart(m["content"], forged)) for m in messages]
     instruction = turns[0][1]
@@ -306,8 +298,7 @@ def rollout(actor: Actor, groups: list[Group], n: int, temperature: float, confi
 def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperature: float,
            stop_ids: list[int], max_tokens=131072, progress="") -> list[list[Completion]]:
     """n completions for each prompt, of at most `limits` new tokens; temperature 0 is greedy.
-    A batch is as large as `max_tokens` in the cache allow: decoding costs nearly the same for few
-    rows as for many. In evaluation mode; the mode is restored."""
+    Batches fill `max_tokens` of cache: decoding costs nearly the same for few rows as for many."""
     # prompts of similar length share a batch: little padding. The first of a batch is its longest
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]), reverse=True)
     batches, results = [], {}
@@ -334,8 +325,7 @@ def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Comp
     mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
     ends = width + torch.tensor(limits, device=device).repeat_interleave(n)  # a limit for each row
 
-    # Sampler draws, so that generate() is left one token: "greedy". What a call leaves unset comes
-    # from the model's own settings (Qwen2.5: top_k 20), so for this call the model has none
+    # What a call leaves unset comes from the model's own settings (Qwen2.5: top_k 20): it gets none
     sampler, cache = Sampler(temperature), prompt_cache(model, prompts, n, max(limits))
     settings = GenerationConfig(do_sample=False, max_new_tokens=max(limits), eos_token_id=stop_ids,
                                 pad_token_id=stop_ids[0])
@@ -363,8 +353,7 @@ def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Comp
 
 class Sampler:
     """The logits processor that draws each token itself, and keeps its log-prob at temperature T
-    (0: greedy, at T = 1). generate() is left one candidate: its own draw takes a random number for
-    every word, a tenth of a decoding step on a CPU. Here one is looked up in the cumulative sum."""
+    (0: greedy, at T = 1). generate() is left one candidate, for its own draw is slow on a CPU."""
 
     def __init__(self, temperature: float):
         self.temperature, self.logprobs = temperature, []
@@ -450,8 +439,7 @@ def sub_lists(members: list[int], size: int, rounds: int, rng: random.Random) ->
 
 def ranks_given(group: Group) -> list[float]:
     """A response's mean pairwise win over the lists that parsed, in [-1, 1]: the referee learns
-    order, magnitudes mean little. NaN where no list parsed, and for all if fewer than two are left.
-    """
+    order alone. NaN where no list parsed, and for all if fewer than two are left."""
     members = answered(group)
     marks = [[] if i in members else [-1.0] for i in range(len(group.completions))]  # empty: loses
     if len(members) == 1:
@@ -548,9 +536,8 @@ class Row:
         return len(self.prompt) + sum(len(c.ids) for c in self.completions)
 
 def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> list[list[Row]]:
-    """(prompt, completions) -> micro-batches of rows. Completions of a long prompt share a row, and
-    so its computation, up to twice its length: under the mask every token meets the whole row.
-    Behind a short prompt each stands alone, and needs no mask."""
+    """(prompt, completions) -> micro-batches of rows. Completions of a long prompt share a row, up
+    to twice its length; behind a short prompt each stands alone, and needs no mask."""
     rows = []
     for prompt, completions in groups:
         longest = max(1, *(len(c.ids) for c in completions))
@@ -566,8 +553,7 @@ def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> l
 
 def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """-> ids [R, L], positions [R, L], mask [R, 1, L, L] or None; and for each completion token the
-    place in [R * L] that predicts it, and its id. In each completion positions go on from the
-    prompt's."""
+    place in [R * L] that predicts it, and its id."""
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)  # no real token sees the padding
     positions = torch.arange(length).repeat(len(rows), 1)
@@ -581,7 +567,7 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
             end = start + len(completion.ids)
             ids[r, start:end] = torch.tensor(completion.ids, dtype=torch.long)
             segments[r, start:end] = k
-            positions[r, start:end] -= start - prompt_end
+            positions[r, start:end] -= start - prompt_end  # they go on from the prompt's
             # the prompt's last token predicts the first one, every token the one behind it
             predictors = [prompt_end - 1, *range(start, end - 1)][: end - start]
             sources += [r * length + place for place in predictors]
@@ -777,8 +763,8 @@ def observations(group: Group) -> list[tuple[str, float]]:
     return seen
 
 def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") -> dict[str, float]:
-    """Held-out scores at temperature 1 and greedy (`_greedy`); judge lists in a random order and in
-    its reverse. Beside each score its n (`_n`) and its standard error over prompts (`_se`)."""
+    """Held-out scores at temperature 1 and `_greedy`, with n (`_n`) and standard error over prompts
+    (`_se`); judge lists in a random order and in its reverse."""
     names = {f"reward/{kind}": f"{kind}_accuracy" for kind in KINDS}
     names |= {"true_quality/open": "true_quality", "parse_rate/preference": "parse_rate",
               "pair_accuracy/preference": "referee_accuracy", "tau/preference": "referee_tau"}
@@ -1242,8 +1228,7 @@ def train(config: Config) -> Path:
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0, fused=True)
     start = resume(folder / "checkpoints", policy.model, optimizer, ranks)
     log = Log(folder, config, start, ranks.main)
-    sizes = ", ".join(f"{len(rows)} {kind}" for kind, rows in by_kind.items())
-    log.say(f"{folder}: {sizes} rows, {len(held_out)} held out; from step {start}")
+    log.say(f"{folder}: {len(held_out)} rows held out; from step {start}")
 
     stop_signals = []
 
