@@ -30,7 +30,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import MethodType
 from typing import Callable, Literal
 
 # CPU tensors in huge pages: 5 % faster, 15 % less memory. On a GPU segments that can grow
@@ -43,14 +42,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed import checkpoint as dcp, fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record as show_traceback
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.functional import cross_entropy, pad
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
@@ -59,8 +54,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data_prep import LABELS, VERIFIERS, BadInput, batch_rows, load_rows, make_tiny, tiny_quality
-from data_prep import verify_answer  # noqa: F401  (it belongs to what this file offers)
+from data_prep import LABELS, VERIFIERS, BadInput, batch_rows, in_one_line, make_tiny, mix_counts
+from data_prep import rows_by_kind, tiny_quality, verify_answer  # noqa: F401  (what this file offers)
 
 def setting(default, help):
     return field(default=default, metadata={"help": help})
@@ -619,7 +614,7 @@ def completion_logprobs(model, prompt_ids: list[int], completions: list[list[int
 # ================================================================================ 6 One step
 SUMS = ("loss", "grad_norm", "tokens", "clip_fraction", "kl", "entropy", "logprob_gap", "skipped")
 
-padded = functools.partial(pad_sequence, batch_first=True)  # tensors [len] -> [B, T]
+padded = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [len] -> [B, T]
 
 def keep_logprobs(model, batch: list[Row], name: str, temperature: float):
     """What stays the same during the updates of a step, noted in the completions."""
@@ -843,7 +838,7 @@ class Ranks:
             # torch prefers cuDNN on Hopper: NaN gradients of masked rows with 64 modulo 128 places
             # (pytorch issue 196678), and a plan of 0.05 to 0.4 s for every new shape
             torch.backends.cuda.enable_cudnn_sdp(False)
-            self.fsdp["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+            self.fsdp["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         if cuda or torchrun:
             if not dist.is_initialized():
                 alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -851,7 +846,7 @@ class Ranks:
                 dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **alone)
             shape = (shard,) if shard == self.world else (self.world // shard, shard)
             names = ("replicate", "shard")[-len(shape) :]
-            self.fsdp["mesh"] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+            self.fsdp["mesh"] = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def gather(self, value) -> list:
         """The value of every rank, in rank order, on every rank. So all have come this far."""
@@ -900,11 +895,11 @@ class Ranks:
                     setattr(module, attribute, 0.0)
         if self.fsdp:
             for layer in model.base_model.layers:
-                fully_shard(layer, **self.fsdp)
+                fsdp.fully_shard(layer, **self.fsdp)
             # embeddings, last norm and head: tied weights in one group; kept whole until backward
-            fully_shard(model, **self.fsdp, reshard_after_forward=not trainable)
-            model.token_logprobs = MethodType(token_logprobs, model)
-            register_fsdp_forward_method(model, "token_logprobs")
+            fsdp.fully_shard(model, **self.fsdp, reshard_after_forward=not trainable)
+            model.token_logprobs = functools.partial(token_logprobs, model)
+            fsdp.register_fsdp_forward_method(model, "token_logprobs")
             if not trainable:  # only a backward clears this list, and a frozen model has none
                 model.base_model.register_forward_hook(
                     lambda *_: model._get_fsdp_state()._comm_ctx.post_forward_order.clear())
@@ -927,7 +922,7 @@ class Ranks:
         kept = []
         for model in dict.fromkeys(models):
             for module in model.modules():
-                if isinstance(module, FSDPModule):
+                if isinstance(module, fsdp.FSDPModule):
                     module.unshard()
                     kept.append((module, module._forward_pre_hooks, module._forward_hooks))
                     module._forward_pre_hooks, module._forward_hooks = {}, {}
@@ -949,21 +944,10 @@ class Ranks:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         return (norm.full_tensor() if self.fsdp else norm).item()
 
-@contextmanager
-def in_one_line(what: str):
-    """What a disk, a model folder or a template does wrong is the user's to mend: no traceback."""
-    try:
-        yield
-    except (OSError, ValueError, TemplateError, StrictDataclassError,
-            dcp.CheckpointException) as error:
-        if isinstance(error, dcp.CheckpointException):  # of the first rank that failed
-            error = next(iter(error.failures.values()))[0]
-        raise BadInput(f"{what}: {str(error).strip().splitlines()[0][:200]}")
-
 def read_weights(model, name: str, ranks: Ranks):
     """Fill a model without values from safetensors: a rank reads its own shard of each tensor."""
     tied, state = model.all_tied_weights_keys, model.state_dict()
-    with in_one_line(f"{name}: not a model that can be loaded"):
+    with in_one_line(f"{name}: not a model that can be loaded", dcp.CheckpointException):
         folder = Path(name)
         if not folder.is_dir():
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
@@ -1008,7 +992,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks):
     """A kill or a full disk at any moment leaves the older ones alone."""
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    with in_one_line(f"{folder}: step {step} is not saved, older ones are intact"):
+    what = f"{folder}: step {step} is not saved, older ones are intact"
+    with in_one_line(what, dcp.CheckpointException):
         dcp.save(state, checkpoint_id=folder / f"step-{step}", no_dist=ranks.world == 1)
     if ranks.main:
         for old in set(folder.glob("step-*")) - set(checkpoints(folder)[-2:]):
@@ -1020,7 +1005,7 @@ def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
     """Load the newest checkpoint in place, on any number of ranks -> its step; 0 without one."""
     for newest in checkpoints(folder)[-1:]:
         state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-        with in_one_line(f"{newest}: damaged, or of another model"):
+        with in_one_line(f"{newest}: damaged, or of another model", dcp.CheckpointException):
             dcp.load(state, checkpoint_id=newest, no_dist=ranks.world == 1)
         dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"],
                                  optim_state_dict=state["optimizer"])
@@ -1043,7 +1028,7 @@ def export(policy: Actor, folder: Path, ranks: Ranks):
 # ======================================================================================== 9 The run
 def load_config(name: str):
     """The model's configuration; BadInput if such a model cannot be trained rightly here."""
-    with in_one_line(f"{name}: not a model folder or reachable Hub name"):
+    with in_one_line(f"{name}: not a model folder or reachable Hub name", StrictDataclassError):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     layers, rope = getattr(config, "layer_types", None), getattr(config, "rope_parameters", None)
     window = not layers and getattr(config, "sliding_window", None)
@@ -1085,26 +1070,22 @@ def load_actor(name: str, config: Config, ranks: Ranks, trainable: bool) -> Acto
     return Actor(model, tokenizer, sorted(ids - {None}))
 
 def prepare_rows(config: Config, tokenizer, context: int, ranks: Ranks):
-    """-> training rows by kind, held-out rows, prompts of each kind in a step; or BadInput."""
+    """-> training rows by kind, prompts of each kind in a step, held-out rows; or BadInput."""
     tiny = config.data == PRESETS["tiny"]["data"]  # no other file: a typo is never written to
     if tiny and ranks.main and not Path(config.data).exists():
         make_tiny(Path(config.data).parent)
     ranks.gather(None)  # the file is there
-    if not re.fullmatch(rf"(?=.*[1-9])\d+(:\d+){{{len(KINDS) - 1}}}", config.mix):  # not all 0
-        raise BadInput(f"--mix {config.mix}: expected {':'.join(KINDS)} as whole numbers")
-    counts = {kind: int(number) for kind, number in zip(KINDS, config.mix.split(":"))}
     VERIFIERS[config.verifier]("", "0")  # a package that it needs is there
-    rows, held_out, by_kind = load_rows(config.data, KINDS), [], {}
-    if config.eval_data and config.eval_every:
-        held_out = load_rows(config.eval_data, KINDS)
-    check_prompts(rows + held_out, tokenizer, config, context)
-    few = []
+    counts = mix_counts(config.mix, KINDS)
+    by_kind, held_out = rows_by_kind(config.data, KINDS), []
     for kind, count in counts.items():
-        few += [row for row in held_out if row["kind"] == kind][: config.eval_rows]
-        by_kind[kind] = [row for row in rows if row["kind"] == kind]
         if count and not by_kind[kind]:
             raise BadInput(f"{config.data}: no rows of kind {kind}, but --mix {config.mix}")
-    return by_kind, few, counts
+    if config.eval_data and config.eval_every:
+        for rows in rows_by_kind(config.eval_data, KINDS).values():
+            held_out += rows[: config.eval_rows]
+    check_prompts([*itertools.chain(*by_kind.values()), *held_out], tokenizer, config, context)
+    return by_kind, counts, held_out
 
 def check_prompts(rows: list[dict], tokenizer, config: Config, context: int):
     """BadInput for a prompt that the chat template refuses, or that is too long for its completion
@@ -1117,7 +1098,7 @@ def check_prompts(rows: list[dict], tokenizer, config: Config, context: int):
         if roles in tried and 4 * len(str(row["prompt"])) + 4000 < room:
             continue
         tried.add(roles)
-        with in_one_line(f"{row['line']}: prompt (data_prep.py --max_chars)"):
+        with in_one_line(f"{row['line']}: prompt (data_prep.py --max_chars)", TemplateError):
             group = KINDS[row["kind"]].group(row, tokenizer, random.Random(0), config)
             if row["kind"] == "open":
                 judge_group(row, hard, list(range(len(hard))), tokenizer, random.Random(0), config)
@@ -1205,10 +1186,10 @@ def train(config: Config) -> Path:
     tokenizer, context = load_tokenizer(config.model)
     most = context - config.judge_max_new_tokens
     config.judge_prompt_tokens = min(config.judge_prompt_tokens, most)
-    by_kind, held_out, counts = prepare_rows(config, tokenizer, context, ranks)
+    by_kind, counts, held_out = prepare_rows(config, tokenizer, context, ranks)
     name = time.strftime(f"runs/{config.preset or 'run'}-%Y%m%d-%H%M%S")
     config.out = ranks.gather(config.out or name)[0]
-    folder = Path(config.out)
+    folder, last = Path(config.out), config.steps
     if not config.resume and (folder / "metrics.jsonl").exists():
         raise BadInput(f"{folder} holds a run: --resume true goes on, or give another --out")
     ranks.gather(None)  # all have looked
@@ -1230,17 +1211,15 @@ def train(config: Config) -> Path:
     log = Log(folder, config, start, ranks.main)
     log.say(f"{folder}: {len(held_out)} rows held out; from step {start}")
 
-    stop_signals = []
-
     def stop(*_):
         """SIGTERM: finish the step, save, exit 0. A second one ends at once: a rank may be gone."""
         stop_signals.append(True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    stop_signals = []
     signal.signal(signal.SIGTERM, stop)
     if held_out and not start:
         log.metrics({"step": 0, **evaluate(policy, held_out, config, ranks)})
-    last = config.steps
     for step in tqdm(range(start + 1, last + 1), initial=start, total=last, disable=not ranks.main):
         # ---- 1 to 6
         begin = time.perf_counter()
@@ -1272,10 +1251,8 @@ def train(config: Config) -> Path:
 
 def step_metrics(groups: list[Group], sums: dict[str, float], ranks: Ranks) -> dict[str, float]:
     """The metrics of a step over all ranks, from this rank's groups and sums."""
-    said = [question.completions[0] for group in groups for question in group.judged]
-    sampled = [completion for group in groups for completion in group.completions]
-    sums["generated_tokens"] = sum(len(c.ids) for c in sampled)
-    sums["judge_tokens"] = sum(len(c.ids) for c in said)
+    sums["generated_tokens"] = sum(len(c.ids) for group in groups for c in group.completions)
+    sums["judge_tokens"] = sum(len(q.completions[0].ids) for group in groups for q in group.judged)
     metrics = ranks.sum(sums)
     for name in metrics:
         if name in ("clip_fraction", "kl", "entropy", "logprob_gap"):
@@ -1296,8 +1273,7 @@ def step_metrics(groups: list[Group], sums: dict[str, float], ranks: Ranks) -> d
 
 def parse(arguments: list[str]) -> Config:
     """Flags over the preset's values over the defaults. Unknown, abbreviated ones are refused."""
-    about = __doc__.partition("\n")[0]
-    parser = transformers.HfArgumentParser(Config, description=about, allow_abbrev=False)
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False)
     given, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         raise BadInput(f"unknown flag {unknown[0]}; python urpo.py --help lists them all")
@@ -1313,9 +1289,8 @@ def parse(arguments: list[str]) -> Config:
     config.preset = preset
     if not config.model or not config.data:
         raise BadInput("--model and --data are both needed (or a --preset)")
-    least = dict(steps=0, group_size=2, list_size=2, judgements=1, max_new_tokens=1,
-                 judge_max_new_tokens=1, microbatch_tokens=1, updates_per_rollout=1,
-                 temperature=0.01)
+    least = dict(group_size=2, list_size=2, judgements=1, max_new_tokens=1, temperature=0.01,
+                 judge_max_new_tokens=1, updates_per_rollout=1)
     for name, limit in least.items():
         if getattr(config, name) < limit:
             raise BadInput(f"--{name} {getattr(config, name)}: expected at least {limit}")
