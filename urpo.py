@@ -73,11 +73,10 @@ class Config:
     resume: bool = setting(False, "go on from the newest checkpoint in --out, or start there")
     seed: int = setting(0, "everything random is a function of (seed, step, rank)")
     device: str = setting("", "cpu, cuda or cuda:N; empty: cuda where there is one")
-    # batch
+    # batch, sampling
     steps: int = setting(200, "optimizer steps, each on fresh rollouts")
     mix: str = setting("16:16:16", "prompts in a step over all ranks: verifiable:preference:open")
     group_size: int = setting(8, "completions per prompt (G): their mean is noisy below 4")
-    # sampling
     max_new_tokens: int = setting(512, "longest answer of the player, tokens")
     temperature: float = setting(1.0, "of rollouts; log-probs are taken at the same temperature")
     stop_tokens: str = setting("", "more stop tokens, comma-separated (a base model's chat)")
@@ -211,9 +210,8 @@ def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> li
 SCORE_LINE = re.compile(r"([A-Z]): ([1-9](?:\.[0-9]+)?|10(?:\.0+)?)")
 
 def parse_scores(text: str, n: int) -> list[float] | None:
-    """Scores in label order from the *last* block, at the very end of the judge's completion; None
-    unless it holds each of the n labels once with a number from 1 to 10, and nothing else: a parser
-    that guesses invites cheating.
+    """Scores in label order from the block at the very end of a judgement; None unless it has each
+    of the n labels once, with a number from 1 to 10: a parser that guesses invites cheating.
 
     >>> parse_scores("B is better.\\n<scores>\\nA: 3\\nB: 7.5\\n</scores>\\n", 2)
     [3.0, 7.5]
@@ -231,9 +229,8 @@ def parse_scores(text: str, n: int) -> list[float] | None:
 
 def verifiable_group(row, tokenizer, rng, config) -> Group:
     *earlier, last = row["prompt"]
-    last = last | {"content": f"{last['content']}\n{BOX}"}
-    ids = encode(tokenizer, [*earlier, last])
-    return Group(row, ids, config.max_new_tokens, truth=row["answer"])
+    messages = [*earlier, last | {"content": f"{last['content']}\n{BOX}"}]
+    return Group(row, encode(tokenizer, messages), config.max_new_tokens, truth=row["answer"])
 
 def open_group(row, tokenizer, rng, config) -> Group:
     return Group(row, encode(tokenizer, row["prompt"]), config.max_new_tokens)
@@ -298,8 +295,7 @@ def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperatu
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]), reverse=True)
     batches, results = [], {}
     while waiting:
-        places = len(prompts[waiting[0]]) + n * max(limits)
-        count = max(1, max_tokens // places)
+        count = max(1, max_tokens // (len(prompts[waiting[0]]) + n * max(limits)))
         batches.append(waiting[:count])
         waiting = waiting[count:]
     was_training = model.training
@@ -322,14 +318,13 @@ def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Comp
 
     # What a call leaves unset comes from the model's own settings (Qwen2.5: top_k 20): it gets none
     sampler, cache = Sampler(temperature), prompt_cache(model, prompts, n, max(limits))
-    settings = GenerationConfig(do_sample=False, max_new_tokens=max(limits), eos_token_id=stop_ids,
-                                pad_token_id=stop_ids[0])
     kept, model.generation_config = model.generation_config, GenerationConfig()
     with blocked_weights(model, len(ends)):  # these and prompt_cache: section 10, Speed
         out = model.generate(
             ids, attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
-            generation_config=settings, logits_processor=[sampler],
-            stopping_criteria=[lambda ids, scores: ids.shape[1] >= ends],
+            do_sample=False, logits_processor=[sampler], max_new_tokens=max(limits),
+            stopping_criteria=[lambda ids, scores: ids.shape[1] >= ends], eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
             synced_gpus=False)  # ranks sample on their own, with whole weights (section 8)
     model.generation_config = kept
 
@@ -405,10 +400,9 @@ def reward_by_referee(groups: list[Group], referee: Actor, config, rng):
     questions = []
     for group in groups:
         texts = [completion.text for completion in group.completions]
-        for shown in sub_lists(answered(group), config.list_size, config.judgements, rng):
-            question = judge_group(group.row, texts, shown, referee.tokenizer, rng, config)
-            group.judged.append(question)
-            questions.append(question)
+        for part in sub_lists(answered(group), config.list_size, config.judgements, rng):
+            group.judged.append(judge_group(group.row, texts, part, referee.tokenizer, rng, config))
+        questions += group.judged
     rollout(referee, questions, 1, 0.0, config)
     for group in groups:
         for completion, reward in zip(group.completions, ranks_given(group)):
@@ -461,10 +455,8 @@ KINDS = {"verifiable": Kind(verifiable_group, reward_answers),
 # ================================================================================ 4 Advantage, loss
 def group_advantages(rewards: Tensor, scale_std: bool = True) -> Tensor:
     """[groups, G] rewards -> [groups, G] advantages (r - mean) / (std + 1e-6) over finite rewards.
-
     NaN = no signal: advantage 0, outside of the statistics. Sample deviation (ddof 1: TRL, verl).
-    Exactly 0 where all are equal or fewer than two are finite, decided by max == min: in float32
-    the deviation of equal numbers is not always 0.
+    Exactly 0 where max == min, for in float32 the deviation of equal numbers is not always 0.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, float("nan")], [0.1, 0.1, 0.1]]), scale_std=False)
     tensor([[ 0.5000, -0.5000,  0.0000],
@@ -484,7 +476,6 @@ def group_advantages(rewards: Tensor, scale_std: bool = True) -> Tensor:
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2,
               clip_high=0.2, kl_coef=0.0, aggregate="sequence", denominator=None):
     """GRPO's clipped objective with KL to a reference (DeepSeekMath, eq. 3, 4) -> (loss, metrics).
-
     [B, T] log-probs, advantages [B], mask [B, T]: 1 on completion tokens, stop token included. The
     `denominator` counts completions ("sequence"), tokens ("token") or completions x longest allowed
     ("constant") of the whole optimizer step, over micro-batches and ranks; None: of this batch, T.
@@ -584,11 +575,9 @@ def token_logprobs(model, ids, positions, mask, sources, targets, prompt_length,
                            prompt_length=prompt_length)
     # index_select, not [sources]: its backward adds in one order on any number of threads
     hidden = out.last_hidden_state.flatten(0, 1).index_select(0, sources)  # [tokens, h]
-
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float().div_(temperature)  # [chunk, V]
         return -cross_entropy(logits, targets, reduction="none")  # one fused kernel, both ways
-
     chunks = []
     for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
         chunks.append(checkpoint(chunk_logprobs, h, t, use_reentrant=False))
@@ -716,7 +705,6 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
 def observations(group: Group) -> list[tuple[str, float]]:
     """(metric, value) pairs; a metric of a step is the mean of its values over all groups."""
     kind, seen = group.row["kind"], []
-
     def see(name: str, *values: float):
         seen.extend((f"{name}/{kind}", float(value)) for value in values)
 
@@ -725,15 +713,12 @@ def observations(group: Group) -> list[tuple[str, float]]:
     see("flat", len(set(rewards)) < 2)  # teaches nothing
     if len(rewards) > 1:
         see("reward_std", statistics.stdev(rewards))
-    see("no_signal", *[math.isnan(c.reward) for c in group.completions])
     see("length", *[len(c.ids) for c in group.completions])
     see("truncated", *[c.truncated for c in group.completions])
 
     # judgements: of a preference group its completions, of an open one what the referee said
-    said = [(question.completions[0], question) for question in group.judged]
-    if kind == "preference":
-        said = [(completion, group) for completion in group.completions]
-    for completion, question in said:
+    questions = [group] if kind == "preference" else group.judged
+    for question, completion in [(q, c) for q in questions for c in q.completions]:
         scores, truth = parse_scores(completion.text, len(question.shown)), question.truth
         see("parse_rate", scores is not None)
         if truth:
@@ -872,8 +857,7 @@ class Ranks:
         return batches + [[Row([0], [DUMMY])] for _ in range(missing)]
 
     @contextmanager
-    def timed(self, sums: dict[str, float], name: str):
-        """Note the wall time of a phase, seconds."""
+    def timed(self, sums: dict[str, float], name: str):  # wall time of a phase, seconds
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -881,9 +865,8 @@ class Ranks:
         sums[name] = time.perf_counter() - start
 
     def load(self, name: str, config: Config, trainable: bool):
-        """A causal LM for this rank; float32 if it is trained, else the compute dtype. Never remote
-        code. Built without memory and sharded, then filled: no rank ever holds the whole model.
-        (transformers could do it, but only with accelerate.)"""
+        """A causal LM for this rank; float32 if it is trained, else the compute dtype. Sharded
+        while it has no memory, then filled: no rank ever holds the whole model."""
         dtype = torch.float32 if trainable or self.device.type == "cpu" else torch.bfloat16
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(name), dtype=dtype,
@@ -1013,16 +996,14 @@ def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
     return 0
 
 def export(policy: Actor, folder: Path, ranks: Ranks):
-    """An ordinary Hugging Face folder of float32 weights, written beside and renamed."""
+    """An ordinary Hugging Face folder of float32 weights."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(policy.model, options=options)  # whole on rank 0 alone
     if ranks.main:
-        temporary, tied = folder.with_name(folder.name + ".tmp"), policy.model.all_tied_weights_keys
+        tied = policy.model.all_tied_weights_keys
         state = {key: tensor for key, tensor in state.items() if key not in tied}  # else twice
-        policy.model.save_pretrained(temporary, state_dict=state)
-        policy.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        policy.model.save_pretrained(folder, state_dict=state)
+        policy.tokenizer.save_pretrained(folder)
     ranks.gather(None)
 
 # ======================================================================================== 9 The run
@@ -1103,8 +1084,7 @@ def check_prompts(rows: list[dict], tokenizer, config: Config, context: int):
             if row["kind"] == "open":
                 judge_group(row, hard, list(range(len(hard))), tokenizer, random.Random(0), config)
             if len(group.prompt_ids) > context - group.limit:
-                raise ValueError(f"{len(group.prompt_ids)} tokens, but the context of {context} "
-                                 f"leaves {context - group.limit} beside the completion")
+                raise ValueError(f"too long: the context leaves {context - group.limit} tokens")
 
 class Log:
     """What rank 0 writes (metrics.jsonl, samples.jsonl) and says; resumed, it appends."""
@@ -1114,13 +1094,11 @@ class Log:
         if not main:
             return
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
-        for name in ("samples.jsonl", "metrics.jsonl"):  # keep what came before, repeat no step
-            path, kept = folder / name, []
-            if start and path.exists():
-                lines = path.read_text().split("\n")[:-1]  # the last: nothing, or half a line
-                kept = [line for line in lines if json.loads(line)["step"] <= start]
+        for path in (folder / "samples.jsonl", folder / "metrics.jsonl"):  # repeat no step
+            lines = path.read_text() if start and path.exists() else ""
+            kept = [line for line in lines.split("\n")[:-1] if json.loads(line)["step"] <= start]
             path.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
-            path.with_suffix(".tmp").replace(path)
+            path.with_suffix(".tmp").replace(path)  # without a last line that is cut
         if config.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(str(folder))
@@ -1250,7 +1228,6 @@ def train(config: Config) -> Path:
     return folder / "final"
 
 def step_metrics(groups: list[Group], sums: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """The metrics of a step over all ranks, from this rank's groups and sums."""
     sums["generated_tokens"] = sum(len(c.ids) for group in groups for c in group.completions)
     sums["judge_tokens"] = sum(len(q.completions[0].ids) for group in groups for q in group.judged)
     metrics = ranks.sum(sums)
@@ -1304,7 +1281,6 @@ ATTENTION = "urpo"  # transformers' name for group_attention; its own "sdpa" sta
 
 class SharedPromptLayer(DynamicLayer):
     """A cache layer that holds the prompt of a group once, and behind it the n completions' tokens.
-
     `parts`: ordinary cache layers [1, kv heads, p, head dim] of the prompts, put on the right of P
     places. What follows is written into its `room`: DynamicLayer would copy all for every token."""
 
@@ -1352,11 +1328,10 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.mT.float())
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, prompt_length=0, **kw):
-    """sdpa for completions that share a prompt -> [B, L, heads, head dim], None.
-
-    In packed rows (section 5) the first `prompt_length` places are causal, which sdpa computes in
-    half the time without a mask. While sampling, one token of each of the n completions of a group
-    meets its prompt's keys, which are read once for all of them, and its own."""
+    """sdpa for completions that share a prompt -> [B, L, heads, head dim], None. In packed rows the
+    first `prompt_length` places are causal, which sdpa computes in half the time without a mask.
+    While sampling, one token of each of the n completions of a group meets its prompt's keys, which
+    are read once for all of them, and its own."""
     sdpa = functools.partial(sdpa_attention_forward, module, scaling=scaling, **kw)
     if prompt_length and attention_mask is not None:
         begin, end = slice(prompt_length), slice(prompt_length, None)
