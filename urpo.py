@@ -4,8 +4,7 @@
     python urpo.py --preset small                    Qwen2.5-0.5B-Instruct on one GPU
     torchrun --nproc_per_node 8 urpo.py              Qwen2.5-7B, FSDP2 on eight GPUs
     python urpo.py --model FOLDER --data FILE.jsonl  any causal LM with full attention, any rows
-Without --preset and --model the hardware decides; --help explains each setting. data_prep.py makes
-the rows of small and 7b. SIGTERM finishes the step and saves; `--resume true` goes on.
+Without --preset and --model the hardware decides; --help explains each setting.
 
 Sections 1 to 6 are the algorithm and carry the numbers of README's steps; `urpo_step`, at the end
 of 6, is all of it: read it first. The paper's full text was not at hand: the judge prompt, tau-a,
@@ -36,26 +35,24 @@ from typing import Callable, Literal
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
-import torch.distributed as dist
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
-from torch import Tensor
+from torch import Tensor, distributed as dist
 from torch.distributed import checkpoint as dcp, fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.elastic.multiprocessing.errors import record as show_traceback
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
-                          AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig)
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer,
+                          AutoModelForCausalLM, Cache, DynamicCache, DynamicLayer, GenerationConfig)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from data_prep import LABELS, VERIFIERS, BadInput, batch_rows, in_one_line, make_tiny, mix_counts
-from data_prep import rows_by_kind, tiny_quality, verify_answer  # noqa: F401  (what this file offers)
+from data_prep import rows_by_kind, tiny_quality, without_thoughts, verify_answer  # noqa: F401
 
 def setting(default, help):
     return field(default=default, metadata={"help": help})
@@ -116,8 +113,7 @@ PRESETS = {
                  data="data/tiny/train.jsonl", eval_data="data/tiny/heldout.jsonl",
                  steps=40, mix="8:8:8", learning_rate=4e-4, kl_coef=0.03, max_new_tokens=16,
                  judge_max_new_tokens=64, list_size=3, eval_rows=300, save_every=20),
-    # one GPU of 24 GB
-    "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB),
+    "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB),  # one GPU of 24 GB
     # eight GPUs of 80 GB; a base model stops at <|endoftext|>, its template ends turns otherwise
     "7b": dict(model="Qwen/Qwen2.5-7B", **HUB, stop_tokens="<|im_end|>", mix="64:64:64",
                max_new_tokens=2048, judge_max_new_tokens=1024, rollout_tokens=524288),
@@ -168,16 +164,11 @@ def delimiters(tokenizer) -> re.Pattern:
 
 def encode(tokenizer, messages: list[dict]) -> list[int]:
     """Chat messages -> prompt ids [P]. Only the template writes delimiters; data's are broken."""
-    clean, pattern = [], delimiters(tokenizer)
-    for message in messages:
-        clean.append(message | {"content": break_apart(message["content"], pattern)})
+    pattern = delimiters(tokenizer)
+    clean = [turn | {"content": break_apart(turn["content"], pattern)} for turn in messages]
     # the template writes the BOS where a model has one: adding special tokens would double it
     text = tokenizer.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False).input_ids
-
-def without_thoughts(text: str) -> str:
-    """The answer: what stands behind the last </think>; nothing if a <think> never ends."""
-    return re.sub(r"^\s*<think>.*", "", text.rpartition("</think>")[2], flags=re.DOTALL)
 
 def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> list[dict]:
     """The one judge prompt of training, self-scoring and evaluation, as chat messages. Labels
@@ -312,8 +303,7 @@ def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Comp
     # padding stands on the left; the mask says where it is, so its id is free
     padded_left = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
     ids = torch.tensor(padded_left, device=device).repeat_interleave(n, 0)  # [B * n, P]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     ends = width + torch.tensor(limits, device=device).repeat_interleave(n)  # a limit for each row
 
     # What a call leaves unset comes from the model's own settings (Qwen2.5: top_k 20): it gets none
@@ -324,22 +314,19 @@ def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Comp
             ids, attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
             do_sample=False, logits_processor=[sampler], max_new_tokens=max(limits),
             stopping_criteria=[lambda ids, scores: ids.shape[1] >= ends], eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
-            synced_gpus=False)  # ranks sample on their own, with whole weights (section 8)
+            pad_token_id=stop_ids[0], synced_gpus=False)  # ranks sample on their own (section 8)
     model.generation_config = kept
 
     logprobs = torch.cat(sampler.logprobs, 1).cpu()  # [B * n, T]
     if logprobs.isnan().any():
         raise BadInput("the model's logits are not numbers (NaN): its weights are damaged")
-    completions = []
+    found = []
     for i, tokens in enumerate(out[:, width:].tolist()):
-        tokens, truncated = tokens[: limits[i // n]], True
-        for end, token in enumerate(tokens, 1):
-            if token in stop_ids:  # the first one; never an id count, padding may have the same id
-                tokens, truncated = tokens[:end], False
-                break
-        completions.append(Completion(tokens, truncated, logprobs[i, : len(tokens)]))
-    return [completions[i : i + n] for i in range(0, len(completions), n)]
+        tokens = tokens[: limits[i // n]]
+        # it ends with the first stop token; padding, which may have the same id, is behind it
+        end = next((k for k, token in enumerate(tokens, 1) if token in stop_ids), len(tokens))
+        found.append(Completion(tokens[:end], tokens[end - 1] not in stop_ids, logprobs[i, :end]))
+    return [found[i : i + n] for i in range(0, len(found), n)]
 
 class Sampler:
     """The logits processor that draws each token itself, and keeps its log-prob at temperature T
@@ -569,8 +556,7 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
 
 def token_logprobs(model, ids, positions, mask, sources, targets, prompt_length, temperature):
     """Log-probs [tokens] of `targets`. Only completion positions meet the lm_head, in chunks which
-    backward computes again: [tokens, V] never exists. The first `prompt_length` places are prompt
-    in all rows: they need no mask (section 10). FSDP wraps this as a method (section 8)."""
+    backward computes again: [tokens, V] never exists. The first `prompt_length` need no mask."""
     out = model.base_model(ids, position_ids=positions, attention_mask=mask, use_cache=False,
                            prompt_length=prompt_length)
     # index_select, not [sources]: its backward adds in one order on any number of threads
@@ -602,7 +588,6 @@ def completion_logprobs(model, prompt_ids: list[int], completions: list[list[int
 
 # ================================================================================ 6 One step
 SUMS = ("loss", "grad_norm", "tokens", "clip_fraction", "kl", "entropy", "logprob_gap", "skipped")
-
 padded = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [len] -> [B, T]
 
 def keep_logprobs(model, batch: list[Row], name: str, temperature: float):
@@ -709,7 +694,7 @@ def observations(group: Group) -> list[tuple[str, float]]:
         seen.extend((f"{name}/{kind}", float(value)) for value in values)
 
     rewards = [c.reward for c in group.completions if math.isfinite(c.reward)]
-    see("reward", *rewards)
+    see("reward", *(rewards or [0.0]))
     see("flat", len(set(rewards)) < 2)  # teaches nothing
     if len(rewards) > 1:
         see("reward_std", statistics.stdev(rewards))
@@ -745,7 +730,8 @@ def observations(group: Group) -> list[tuple[str, float]]:
 def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") -> dict[str, float]:
     """Held-out scores at temperature 1 and `_greedy`, with n (`_n`) and standard error over prompts
     (`_se`); judge lists in a random order and in its reverse."""
-    names = {f"reward/{kind}": f"{kind}_accuracy" for kind in KINDS}
+    paid = KINDS.keys() - {"preference", "open"}  # the scores of these two are no rewards
+    names = {f"reward/{kind}": f"{kind}_accuracy" for kind in paid}
     names |= {"true_quality/open": "true_quality", "parse_rate/preference": "parse_rate",
               "pair_accuracy/preference": "referee_accuracy", "tau/preference": "referee_tau"}
     torch.manual_seed(random.Random(f"{config.seed}/held out/{ranks.rank}").getrandbits(63))
@@ -762,7 +748,7 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
             rollout(policy, groups, 1, temperature, config, "held out" if ranks.main else "")
         scored = []  # (score, (value, prompt))
         for group in groups:
-            if group.row["kind"] not in ("preference", "open"):  # their scores are no rewards
+            if group.row["kind"] in paid:
                 KINDS[group.row["kind"]].pay([group], None, config, None)
             for name, value in observations(group):
                 if name in names:
@@ -774,8 +760,7 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
     return metrics
 
 def mean_and_error(values: list[tuple[float, str]]) -> tuple[float, float]:
-    """(value, cluster) pairs -> mean, and its standard error with a cluster as the unit, for values
-    of one prompt are alike. NaN for a single cluster."""
+    """(value, cluster) pairs -> mean, and its standard error over clusters (NaN for one alone)."""
     mean, residuals = statistics.fmean(value for value, _ in values), {}
     for value, cluster in values:
         residuals[cluster] = residuals.get(cluster, 0.0) + value - mean
@@ -814,14 +799,12 @@ class Ranks:
         cuda, chosen = self.device.type == "cuda", self.device.index
         if self.world % shard:
             raise BadInput(f"--shard_size {shard} does not divide the {self.world} ranks")
-        count = torch.cuda.device_count()
-        if cuda and ((chosen or 0) >= count or (torchrun and chosen is not None)):
-            raise BadInput(f"--device {config.device}: {count} GPUs here; torchrun chooses its own")
+        if cuda and ((chosen or 0) >= torch.cuda.device_count() or (torchrun and chosen)):
+            raise BadInput(f"--device {config.device}: no such GPU, or torchrun chooses it")
         if cuda:
             self.device = torch.device("cuda", chosen or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-            # torch prefers cuDNN on Hopper: NaN gradients of masked rows with 64 modulo 128 places
-            # (pytorch issue 196678), and a plan of 0.05 to 0.4 s for every new shape
+            # on Hopper cuDNN's gradients of masked rows may be NaN (pytorch issue 196678)
             torch.backends.cuda.enable_cudnn_sdp(False)
             self.fsdp["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         if cuda or torchrun:
@@ -830,8 +813,7 @@ class Ranks:
                 wait = timedelta(minutes=30)  # for the other ranks: a rollout, a slow disk
                 dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **alone)
             shape = (shard,) if shard == self.world else (self.world // shard, shard)
-            names = ("replicate", "shard")[-len(shape) :]
-            self.fsdp["mesh"] = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+            self.fsdp["mesh"] = dist.init_device_mesh(self.device.type, shape)
 
     def gather(self, value) -> list:
         """The value of every rank, in rank order, on every rank. So all have come this far."""
@@ -975,8 +957,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks):
     """A kill or a full disk at any moment leaves the older ones alone."""
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    what = f"{folder}: step {step} is not saved, older ones are intact"
-    with in_one_line(what, dcp.CheckpointException):
+    with in_one_line(f"step {step} is not saved, older ones are intact", dcp.CheckpointException):
         dcp.save(state, checkpoint_id=folder / f"step-{step}", no_dist=ranks.world == 1)
     if ranks.main:
         for old in set(folder.glob("step-*")) - set(checkpoints(folder)[-2:]):
@@ -1052,9 +1033,8 @@ def load_actor(name: str, config: Config, ranks: Ranks, trainable: bool) -> Acto
 
 def prepare_rows(config: Config, tokenizer, context: int, ranks: Ranks):
     """-> training rows by kind, prompts of each kind in a step, held-out rows; or BadInput."""
-    tiny = config.data == PRESETS["tiny"]["data"]  # no other file: a typo is never written to
-    if tiny and ranks.main and not Path(config.data).exists():
-        make_tiny(Path(config.data).parent)
+    if config.data == PRESETS["tiny"]["data"] and ranks.main and not Path(config.data).exists():
+        make_tiny(Path(config.data).parent)  # no other file: a typo is never written to
     ranks.gather(None)  # the file is there
     VERIFIERS[config.verifier]("", "0")  # a package that it needs is there
     counts = mix_counts(config.mix, KINDS)
@@ -1179,23 +1159,17 @@ def train(config: Config) -> Path:
 
     # ---- models, and the checkpoint to go on from
     policy = load_actor(config.model, config, ranks, trainable=True)
-    referee, reference = policy, None
+    referee = policy
     if config.referee != "self":
         referee = load_actor(config.referee, config, ranks, trainable=False)
-    if config.kl_coef:
-        reference = ranks.load(config.model, config, trainable=False)
+    reference = ranks.load(config.model, config, trainable=False) if config.kl_coef else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0, fused=True)
     start = resume(folder / "checkpoints", policy.model, optimizer, ranks)
     log = Log(folder, config, start, ranks.main)
     log.say(f"{folder}: {len(held_out)} rows held out; from step {start}")
 
-    def stop(*_):
-        """SIGTERM: finish the step, save, exit 0. A second one ends at once: a rank may be gone."""
-        stop_signals.append(True)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    stop_signals = []
-    signal.signal(signal.SIGTERM, stop)
+    # SIGTERM: finish the step, save, exit 0. A second one ends at once: a rank may be gone
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if held_out and not start:
         log.metrics({"step": 0, **evaluate(policy, held_out, config, ranks)})
     for step in tqdm(range(start + 1, last + 1), initial=start, total=last, disable=not ranks.main):
@@ -1216,7 +1190,7 @@ def train(config: Config) -> Path:
         # ---- held-out scores, checkpoint
         if held_out and due:
             log.metrics({"step": step, **evaluate(policy, held_out, config, ranks)})
-        stopping = any(ranks.gather(bool(stop_signals)))
+        stopping = any(ranks.gather(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL))
         if stopping or (config.save_every and (step == last or step % config.save_every == 0)):
             save_checkpoint(folder / "checkpoints", step, policy.model, optimizer, ranks)
         if stopping and step < last:
@@ -1242,11 +1216,7 @@ def step_metrics(groups: list[Group], sums: dict[str, float], ranks: Ranks) -> d
     if ranks.device.type == "cuda":
         metrics["peak_cuda_mib"] = max(ranks.gather(torch.cuda.max_memory_allocated() / 2**20))
     observed = ranks.collect([pair for group in groups for pair in observations(group)])
-    for name, values in observed.items():
-        metrics[name] = statistics.fmean(values)
-        if name.startswith("flat/"):  # a kind without any signal has a reward, too
-            metrics.setdefault(name.replace("flat", "reward"), 0.0)
-    return metrics
+    return metrics | {name: statistics.fmean(values) for name, values in observed.items()}
 
 def parse(arguments: list[str]) -> Config:
     """Flags over the preset's values over the defaults. Unknown, abbreviated ones are refused."""
@@ -1261,9 +1231,8 @@ def parse(arguments: list[str]) -> Config:
             preset = "tiny"
     if preset and preset not in PRESETS:
         raise BadInput(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    parser.set_defaults(preset=preset, **PRESETS.get(preset, {}))
     [config] = parser.parse_args_into_dataclasses(arguments)
-    config.preset = preset
     if not config.model or not config.data:
         raise BadInput("--model and --data are both needed (or a --preset)")
     least = dict(group_size=2, list_size=2, judgements=1, max_new_tokens=1, temperature=0.01,
