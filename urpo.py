@@ -813,7 +813,8 @@ class Ranks:
                 wait = timedelta(minutes=30)  # for the other ranks: a rollout, a slow disk
                 dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **alone)
             shape = (shard,) if shard == self.world else (self.world // shard, shard)
-            self.fsdp["mesh"] = dist.init_device_mesh(self.device.type, shape)
+            names = ("replicate", "shard")[-len(shape) :]
+            self.fsdp["mesh"] = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def gather(self, value) -> list:
         """The value of every rank, in rank order, on every rank. So all have come this far."""
@@ -1071,6 +1072,7 @@ class Log:
 
     def __init__(self, folder: Path, config: Config, start: int, main: bool):
         self.folder, self.main, self.alarmed, self.track = folder, main, set(), lambda m: None
+        self.say = tqdm.write if main else lambda text: None
         if not main:
             return
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
@@ -1092,10 +1094,6 @@ class Log:
         if self.main:
             with open(self.folder / name, "a") as file:
                 file.write(json.dumps(line) + "\n")
-
-    def say(self, text: str):
-        if self.main:
-            tqdm.write(text)
 
     def metrics(self, m: dict):
         """Of the lines of steps one in five is said, each alarm once."""
