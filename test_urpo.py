@@ -791,7 +791,6 @@ def test_open_rewards(judged):
         asked = Counter(text for question in group.judged for text in question.responses)
         assert asked == dict.fromkeys("1359", judgements) and len(group.judged) == judgements
     assert judged([answers("", "4", "")], by_text) == [[-1, 1, -1]]  # it beats the empty ones
-    assert judged([answers("1", "10")], by_text, open_reward="score") == [[-1.0, 1.0]]
 
     def fails(group, greedy):
         return None if "1" in group.responses else by_text(group, greedy)
@@ -810,18 +809,21 @@ def test_open_rewards(judged):
 # fmt: off
 ALARMS = [  # what it says, metric, healthy, sick
     ("do not parse", "parse_rate/preference", 0.9, 0.2), ("one score", "flat/open", 0.1, 1.0),
-    ("length of responses", "length_tau/open", 0.2, 0.95), ("are cut", "truncated/open", 0.1, 0.9),
-    ("disagree", "logprob_gap", 1e-3, 0.5), ("gets worse", "eval/referee_tau", 0.5, 0.3)]
+    ("follow length", "length_tau/open", 0.2, 0.95), ("are cut", "truncated/verifiable", 0.1, 0.9),
+    ("disagree", "logprob_gap", 1e-3, 0.5), ("no finite gradient", "skipped", 0, 1)]
 # fmt: on
 
 
-def test_alarms():
+def test_alarms(settings, tmp_path, capsys):
     """Bug: judge collapse or length drift go unseen; or an alarm that always rings."""
     healthy = {metric: value for _, metric, value, _ in ALARMS}
-    cases = [("", {"step": 1}, {}), ("", healthy, healthy)]
-    cases += [(said, healthy | {metric: sick}, healthy) for said, metric, _, sick in ALARMS]
-    for said, metrics, first in cases:
-        ringing = [text for text, rings in urpo.ALARMS.items() if rings(metrics, first)]
+    cases = [("", {}), ("", healthy)]
+    cases += [(said, healthy | {metric: sick}) for said, metric, _, sick in ALARMS]
+    for said, metrics in cases:
+        log = urpo.Log(tmp_path, settings(), 0, True)
+        for step in (2, 3):  # it is said once
+            log.metrics({"step": step, "loss": 0.0} | metrics)
+        ringing = capsys.readouterr().out.splitlines()
         assert len(ringing) == bool(said) and all(said in text for text in ringing)
     assert len(ALARMS) == len(urpo.ALARMS)
 
@@ -927,10 +929,10 @@ def test_a_run(settings, data, monkeypatch, tmp_path, capsys, recwarn):
     monkeypatch.setattr(urpo, "parse_scores", fake_parse)
     flags = dict(steps=6, save_every=2, eval_every=4, eval_rows=2, eval_data=data)
     final = urpo.train(settings(**flags))
-    said, log = capsys.readouterr().out, (final.parent / "log.txt").read_text()
+    said = capsys.readouterr().out
     assert [i for i in range(1, 7) if f"step {i}: reward" in said] == [1, 6]
-    assert all(f"\nstep {i}: reward" in log for i in range(1, 7))
-    assert re.search(r"\nreferee_accuracy_greedy +0\.\d+ ± 0\.\d+ +0\.\d+ ± 0\.\d+ +24\n", said)
+    line = r"\n  referee_accuracy +0\.\d+ ± 0\.\d+ +0\.\d+ ± 0\.\d+ +24\n"
+    assert len(re.findall(line, said)) == 3  # before, in between, after
     assert not any("torch.distributed" in str(warning.message) for warning in recwarn)
 
     lines = lines_of(final)
@@ -2216,17 +2218,12 @@ def job_spoiled(config):
     return results
 
 
-def test_ranks_skip_together(config, monkeypatch):
+def test_ranks_skip_together(config):
     """NaN on one rank spoils the weights, or the others do not skip and drift apart; a loss that is
-    infinite counts; skipped steps go on for ever."""
+    infinite counts."""
     config.kl_coef = 0.0
     expected = [(0, True), (1, False), (1, False), (0, True)]
     assert on_ranks(2, job_spoiled, config) == [expected] * 2
-    spoiled = (torch.tensor(math.nan, requires_grad=True), {"loss": math.nan})
-    monkeypatch.setattr(urpo, "batch_loss", lambda *_: spoiled)
-    monkeypatch.setattr(urpo, "parse_scores", fake_parse)
-    with pytest.raises(BadInput, match="step 5: .* 5 steps"):
-        urpo.train(dataclasses.replace(config, steps=9, mix="0:1:0"))
 
 
 def job_samples(config):

@@ -4,18 +4,12 @@
     python urpo.py --preset small                    Qwen2.5-0.5B-Instruct on one GPU
     torchrun --nproc_per_node 8 urpo.py              Qwen2.5-7B, FSDP2 on eight GPUs
     python urpo.py --model FOLDER --data FILE.jsonl  any causal LM with full attention, any rows
-Without --preset and --model the hardware decides; --help explains each setting. data_prep.py makes
-the rows of small and 7b. SIGTERM finishes the step and saves; `--resume true` goes on.
+Without --preset and --model the hardware decides; --help explains each setting.
 
 Sections 1 to 6 are the algorithm and carry the numbers of README's steps; `urpo_step`, at the end
-of 6, is all of it: read it first. Behind them: 7 what is measured, 8 ranks and checkpoints, 9 the
-run, 10 speed (for the clock alone).
-
-How this differs from the paper. Its full text was not at hand, so these are our choices: the judge
-prompt and its score block; tau-a, and -1.5 for a judgement that does not parse; open rewards from
-ranks in random short sub-lists, not from raw scores; a greedy referee; every coefficient in Config;
-for weak models a supervised warm-up on the form alone (data_prep.py --warm_up)."""
-import argparse
+of 6, is all of it: read it first. The paper's full text was not at hand: the judge prompt, tau-a,
+-1.5 for what does not parse, open rewards from ranks in short sub-lists, a greedy referee and every
+coefficient in Config are our choices."""
 import fcntl
 import functools
 import itertools
@@ -35,38 +29,30 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import MethodType
 from typing import Callable, Literal
 
-# CPU tensors in huge pages: 5 % faster, 15 % less memory, because 500 times fewer pages fault;
-# on a GPU segments that can grow, because every batch of prompts has another size
+# CPU tensors in huge pages: 5 % faster, 15 % less memory. On a GPU segments that can grow
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
-import torch.distributed as dist
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
-from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch import Tensor, distributed as dist
+from torch.distributed import checkpoint as dcp, fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record as show_traceback
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.functional import cross_entropy, pad
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
-                          AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig)
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer,
+                          AutoModelForCausalLM, Cache, DynamicCache, DynamicLayer, GenerationConfig)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data_prep import (LABELS, VERIFIERS, BadInput, load_rows, make_tiny, tiny_quality,
-                       trivial_scores)
+from data_prep import LABELS, VERIFIERS, BadInput, batch_rows, in_one_line, make_tiny, mix_counts
+from data_prep import rows_by_kind, tiny_quality, trivial_scores, without_thoughts
 from data_prep import verify_answer  # noqa: F401  (it belongs to what this file offers)
 
 def setting(default, help):
@@ -85,11 +71,10 @@ class Config:
     resume: bool = setting(False, "go on from the newest checkpoint in --out, or start there")
     seed: int = setting(0, "everything random is a function of (seed, step, rank)")
     device: str = setting("", "cpu, cuda or cuda:N; empty: cuda where there is one")
-    # batch
+    # batch, sampling
     steps: int = setting(200, "optimizer steps, each on fresh rollouts")
     mix: str = setting("16:16:16", "prompts in a step over all ranks: verifiable:preference:open")
     group_size: int = setting(8, "completions per prompt (G): their mean is noisy below 4")
-    # sampling
     max_new_tokens: int = setting(512, "longest answer of the player, tokens")
     temperature: float = setting(1.0, "of rollouts; log-probs are taken at the same temperature")
     stop_tokens: str = setting("", "more stop tokens, comma-separated (a base model's chat)")
@@ -99,7 +84,6 @@ class Config:
     judgements: int = setting(2, "judge prompts that show each open response; more: less noise")
     judge_max_new_tokens: int = setting(512, "longest judgement, tokens (critique and scores)")
     judge_prompt_tokens: int = setting(8192, "longest judge prompt; responses are cut to fit")
-    open_reward: Literal["rank", "score"] = setting("rank", "mean pairwise win, or raw scores")
     verifier: Literal["plain", "math_verify"] = setting("plain", "numbers alone, or the package")
     # loss
     clip_low: float = setting(0.2, "the ratio may fall to 1 - clip_low (PPO)")
@@ -125,14 +109,12 @@ class Config:
 HUB = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl", verifier="math_verify",
            microbatch_tokens=16384, gradient_checkpointing=True)
 PRESETS = {
-    # two cores, four minutes: a small transformer in its own little language (data_prep.py). A
-    # mean over tokens, for short hasty answers would win over long careful ones (docs/results.md)
+    # two cores, four minutes. A mean over tokens: else short hasty answers win over careful ones
     "tiny": dict(model=str(Path(__file__).resolve().parent / "assets/tiny"),
                  data="data/tiny/train.jsonl", eval_data="data/tiny/heldout.jsonl",
                  steps=100, mix="16:8:16", learning_rate=6e-4, aggregate="token", max_new_tokens=16,
                  judge_max_new_tokens=64, list_size=3, eval_every=25, eval_rows=200),
-    # one GPU of 24 GB
-    "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB),
+    "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB),  # one GPU of 24 GB
     # eight GPUs of 80 GB; a base model stops at <|endoftext|>, its template ends turns otherwise
     "7b": dict(model="Qwen/Qwen2.5-7B", **HUB, stop_tokens="<|im_end|>", mix="64:64:64",
                max_new_tokens=2048, judge_max_new_tokens=1024, rollout_tokens=524288),
@@ -163,7 +145,6 @@ class Group:
     completions: list[Completion] = field(default_factory=list)
     judged: list["Group"] = field(default_factory=list)  # open: judge prompts about completions
 
-
 # ================================================================================ 1 Format
 BOX = "Think step by step, then put your final answer within \\boxed{}."
 SHORTEST = 40  # characters that a cut response keeps at least: less would be all marker
@@ -184,24 +165,17 @@ def delimiters(tokenizer) -> re.Pattern:
 
 def encode(tokenizer, messages: list[dict]) -> list[int]:
     """Chat messages -> prompt ids [P]. Only the template writes delimiters; data's are broken."""
-    clean, pattern = [], delimiters(tokenizer)
-    for message in messages:
-        clean.append(message | {"content": break_apart(message["content"], pattern)})
+    pattern = delimiters(tokenizer)
+    clean = [turn | {"content": break_apart(turn["content"], pattern)} for turn in messages]
     # the template writes the BOS where a model has one: adding special tokens would double it
     text = tokenizer.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False).input_ids
 
-def without_thoughts(text: str) -> str:
-    """The answer: what stands behind the last </think>; nothing if a <think> never ends."""
-    return re.sub(r"^\s*<think>.*", "", text.rpartition("</think>")[2], flags=re.DOTALL)
-
 def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> list[dict]:
     """The one judge prompt of training, self-scoring and evaluation, as chat messages. Labels
-    A, B, ... in the given order; thoughts are not shown.
-
-    Responses are data: `nonce` (random, new for every prompt) marks the true delimiters, and what
-    spells one, a score block or the like of a special token is broken apart; all else stays byte
-    for byte. The parts are joined, never formatted, so braces in data are harmless."""
+    A, B, ... in the given order. Responses are data: `nonce` (random, new for every prompt) marks
+    the true delimiters, and what spells one, a score block or the like of a special token is broken
+    apart; all else stays byte for byte."""
     forged = re.compile(rf"<\s*/?\s*scores\s*>|<\|[^|<>\s]+\|>|{re.escape(nonce)}", re.IGNORECASE)
     turns = [(m["role"].capitalize(), break_apart(m["content"], forged)) for m in messages]
     instruction = turns[0][1]
@@ -228,9 +202,8 @@ def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> li
 SCORE_LINE = re.compile(r"([A-Z]): ([1-9](?:\.[0-9]+)?|10(?:\.0+)?)")
 
 def parse_scores(text: str, n: int) -> list[float] | None:
-    """Scores in label order from the *last* block, at the very end of the judge's completion; None
-    unless it holds each of the n labels once with a number from 1 to 10, and nothing else: a parser
-    that guesses invites cheating.
+    """Scores in label order from the block at the very end of a judgement; None unless it has each
+    of the n labels once, with a number from 1 to 10: a parser that guesses invites cheating.
 
     >>> parse_scores("B is better.\\n<scores>\\nA: 3\\nB: 7.5\\n</scores>\\n", 2)
     [3.0, 7.5]
@@ -248,9 +221,8 @@ def parse_scores(text: str, n: int) -> list[float] | None:
 
 def verifiable_group(row, tokenizer, rng, config) -> Group:
     *earlier, last = row["prompt"]
-    last = last | {"content": f"{last['content']}\n{BOX}"}
-    ids = encode(tokenizer, [*earlier, last])
-    return Group(row, ids, config.max_new_tokens, truth=row["answer"])
+    messages = [*earlier, last | {"content": f"{last['content']}\n{BOX}"}]
+    return Group(row, encode(tokenizer, messages), config.max_new_tokens, truth=row["answer"])
 
 def open_group(row, tokenizer, rng, config) -> Group:
     return Group(row, encode(tokenizer, row["prompt"]), config.max_new_tokens)
@@ -283,16 +255,6 @@ def preference_group(row, tokenizer, rng, config, shown: list[int] | None = None
     group.truth = [statistics.fmean(by_text[text]) for text in group.responses]
     return group
 
-def format_groups(rows: list[dict], seed: str, tokenizer, config, ranks: "Ranks") -> list[Group]:
-    """This rank's share of the rows (KINDS: section 3, Ranks: 8). The random generator belongs to
-    the row's place in the batch, not to the rank: a batch is the same on any number of ranks."""
-    groups = []
-    for i in range(ranks.rank, len(rows), ranks.world):
-        kind = KINDS[rows[i]["kind"]]
-        groups.append(kind.group(rows[i], tokenizer, random.Random(f"{seed}/row/{i}"), config))
-    return groups
-
-
 # ================================================================================ 2 Sample
 @dataclass
 class Actor:
@@ -320,14 +282,12 @@ def rollout(actor: Actor, groups: list[Group], n: int, temperature: float, confi
 def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperature: float,
            stop_ids: list[int], max_tokens=131072, progress="") -> list[list[Completion]]:
     """n completions for each prompt, of at most `limits` new tokens; temperature 0 is greedy.
-    A batch is as large as `max_tokens` in the cache allow: decoding costs nearly the same for few
-    rows as for many. In evaluation mode; the mode is restored."""
+    Batches fill `max_tokens` of cache: decoding costs nearly the same for few rows as for many."""
     # prompts of similar length share a batch: little padding. The first of a batch is its longest
     waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]), reverse=True)
     batches, results = [], {}
     while waiting:
-        places = len(prompts[waiting[0]]) + n * max(limits)
-        count = max(1, max_tokens // places)
+        count = max(1, max_tokens // (len(prompts[waiting[0]]) + n * max(limits)))
         batches.append(waiting[:count])
         waiting = waiting[count:]
     was_training = model.training
@@ -344,41 +304,34 @@ def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Comp
     # padding stands on the left; the mask says where it is, so its id is free
     padded_left = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
     ids = torch.tensor(padded_left, device=device).repeat_interleave(n, 0)  # [B * n, P]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     ends = width + torch.tensor(limits, device=device).repeat_interleave(n)  # a limit for each row
 
-    # Sampler draws, so that generate() is left one token: "greedy". What a call leaves unset comes
-    # from the model's own settings (Qwen2.5: top_k 20), so for this call the model has none
+    # What a call leaves unset comes from the model's own settings (Qwen2.5: top_k 20): it gets none
     sampler, cache = Sampler(temperature), prompt_cache(model, prompts, n, max(limits))
-    settings = GenerationConfig(do_sample=False, max_new_tokens=max(limits), eos_token_id=stop_ids,
-                                pad_token_id=stop_ids[0])
     kept, model.generation_config = model.generation_config, GenerationConfig()
     with blocked_weights(model, len(ends)):  # these and prompt_cache: section 10, Speed
         out = model.generate(
             ids, attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
-            generation_config=settings, logits_processor=[sampler],
-            stopping_criteria=[lambda ids, scores: ids.shape[1] >= ends],
-            synced_gpus=False)  # ranks sample on their own, with whole weights (section 8)
+            do_sample=False, logits_processor=[sampler], max_new_tokens=max(limits),
+            stopping_criteria=[lambda ids, scores: ids.shape[1] >= ends], eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0], synced_gpus=False)  # ranks sample on their own (section 8)
     model.generation_config = kept
 
     logprobs = torch.cat(sampler.logprobs, 1).cpu()  # [B * n, T]
     if logprobs.isnan().any():
         raise BadInput("the model's logits are not numbers (NaN): its weights are damaged")
-    completions = []
+    found = []
     for i, tokens in enumerate(out[:, width:].tolist()):
-        tokens, truncated = tokens[: limits[i // n]], True
-        for end, token in enumerate(tokens, 1):
-            if token in stop_ids:  # the first one; never an id count, padding may have the same id
-                tokens, truncated = tokens[:end], False
-                break
-        completions.append(Completion(tokens, truncated, logprobs[i, : len(tokens)]))
-    return [completions[i : i + n] for i in range(0, len(completions), n)]
+        tokens = tokens[: limits[i // n]]
+        # it ends with the first stop token; padding, which may have the same id, is behind it
+        end = next((k for k, token in enumerate(tokens, 1) if token in stop_ids), len(tokens))
+        found.append(Completion(tokens[:end], tokens[end - 1] not in stop_ids, logprobs[i, :end]))
+    return [found[i : i + n] for i in range(0, len(found), n)]
 
 class Sampler:
     """The logits processor that draws each token itself, and keeps its log-prob at temperature T
-    (0: greedy, at T = 1). generate() is left one candidate: its own draw takes a random number for
-    every word, a tenth of a decoding step on a CPU. Here one is looked up in the cumulative sum."""
+    (0: greedy, at T = 1). generate() is left one candidate, for its own draw is slow on a CPU."""
 
     def __init__(self, temperature: float):
         self.temperature, self.logprobs = temperature, []
@@ -394,7 +347,6 @@ class Sampler:
             token = logprobs.argmax(-1, keepdim=True)
         self.logprobs.append(logprobs.gather(1, token))
         return logprobs.fill_(-math.inf).scatter_(1, token, 0.0)
-
 
 # ================================================================================ 3 Reward
 UNPARSABLE = -1.5  # below the worst ranking (-1): wrong and unparsable ones still teach the form
@@ -436,13 +388,12 @@ def reward_by_referee(groups: list[Group], referee: Actor, config, rng):
     questions = []
     for group in groups:
         texts = [completion.text for completion in group.completions]
-        for shown in sub_lists(answered(group), config.list_size, config.judgements, rng):
-            question = judge_group(group.row, texts, shown, referee.tokenizer, rng, config)
-            group.judged.append(question)
-            questions.append(question)
+        for part in sub_lists(answered(group), config.list_size, config.judgements, rng):
+            group.judged.append(judge_group(group.row, texts, part, referee.tokenizer, rng, config))
+        questions += group.judged
     rollout(referee, questions, 1, 0.0, config)
     for group in groups:
-        for completion, reward in zip(group.completions, ranks_given(group, config.open_reward)):
+        for completion, reward in zip(group.completions, ranks_given(group)):
             completion.reward = reward
 
 def answered(group: Group) -> list[int]:
@@ -451,22 +402,16 @@ def answered(group: Group) -> list[int]:
     return [i for i, text in enumerate(texts) if text.strip()]
 
 def sub_lists(members: list[int], size: int, rounds: int, rng: random.Random) -> list[list[int]]:
-    """Random lists of about `size`, never of one. A round shows each member once; places that a
-    member has had are avoided, because judges like some places better."""
-    count = min(math.ceil(len(members) / size), len(members) // 2)
-    lists, seen = [], set()
+    """Random lists of about `size`, never of one. A round shows each member once."""
+    count, lists = min(math.ceil(len(members) / size), len(members) // 2), []
     for _ in range(rounds):
         mixed = rng.sample(members, len(members))
-        for part in (mixed[i::count] for i in range(count)):
-            orders = [rng.sample(part, len(part)) for _ in range(8)]  # the best is mostly new
-            lists.append(min(orders, key=lambda order: len(seen & set(enumerate(order)))))
-            seen |= set(enumerate(lists[-1]))
+        lists += [mixed[i::count] for i in range(count)]
     return lists
 
-def ranks_given(group: Group, how: str) -> list[float]:
+def ranks_given(group: Group) -> list[float]:
     """A response's mean pairwise win over the lists that parsed, in [-1, 1]: the referee learns
-    order, magnitudes mean little. NaN where no list parsed, and for all if fewer than two are left.
-    """
+    order alone. NaN where no list parsed, and for all if fewer than two are left."""
     members = answered(group)
     marks = [[] if i in members else [-1.0] for i in range(len(group.completions))]  # empty: loses
     if len(members) == 1:
@@ -475,8 +420,7 @@ def ranks_given(group: Group, how: str) -> list[float]:
         scores = parse_scores(question.completions[0].text, len(question.shown)) or []
         for i, mine in zip(question.shown, scores):
             net = sum((mine > other) - (mine < other) for other in scores)
-            raw = (mine - 5.5) / 4.5  # 1 to 10 -> -1 to 1
-            marks[i].append(net / (len(scores) - 1) if how == "rank" else raw)
+            marks[i].append(net / (len(scores) - 1))
     rewards = [statistics.fmean(of_one) if of_one else math.nan for of_one in marks]
     return rewards if sum(map(math.isfinite, rewards)) >= 2 else [math.nan] * len(rewards)
 
@@ -491,14 +435,11 @@ KINDS = {"verifiable": Kind(verifiable_group, reward_answers),
          "preference": Kind(preference_group, reward_judgements),
          "open": Kind(open_group, reward_by_referee)}
 
-
 # ================================================================================ 4 Advantage, loss
 def group_advantages(rewards: Tensor, scale_std: bool = True) -> Tensor:
     """[groups, G] rewards -> [groups, G] advantages (r - mean) / (std + 1e-6) over finite rewards.
-
     NaN = no signal: advantage 0, outside of the statistics. Sample deviation (ddof 1: TRL, verl).
-    Exactly 0 where all are equal or fewer than two are finite, decided by max == min: in float32
-    the deviation of equal numbers is not always 0.
+    Exactly 0 where max == min, for in float32 the deviation of equal numbers is not always 0.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, float("nan")], [0.1, 0.1, 0.1]]), scale_std=False)
     tensor([[ 0.5000, -0.5000,  0.0000],
@@ -518,7 +459,6 @@ def group_advantages(rewards: Tensor, scale_std: bool = True) -> Tensor:
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2,
               clip_high=0.2, kl_coef=0.0, aggregate="sequence", denominator=None):
     """GRPO's clipped objective with KL to a reference (DeepSeekMath, eq. 3, 4) -> (loss, metrics).
-
     [B, T] log-probs, advantages [B], mask [B, T]: 1 on completion tokens, stop token included. The
     `denominator` counts completions ("sequence"), tokens ("token") or completions x longest allowed
     ("constant") of the whole optimizer step, over micro-batches and ranks; None: of this batch, T.
@@ -552,7 +492,6 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
                 "entropy": -logprobs * mask}  # of the tokens sampled
         return loss, {name: values.sum().item() for name, values in sums.items()}
 
-
 # ================================================================================ 5 Log-probs
 HEAD_CHUNK = 512  # completion tokens that meet the lm_head at once: [512, 152k] float32 is 0.3 GB
 
@@ -566,9 +505,8 @@ class Row:
         return len(self.prompt) + sum(len(c.ids) for c in self.completions)
 
 def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> list[list[Row]]:
-    """(prompt, completions) -> micro-batches of rows. Completions of a long prompt share a row, and
-    so its computation, up to twice its length: under the mask every token meets the whole row.
-    Behind a short prompt each stands alone, and needs no mask."""
+    """(prompt, completions) -> micro-batches of rows. Completions of a long prompt share a row, up
+    to twice its length; behind a short prompt each stands alone, and needs no mask."""
     rows = []
     for prompt, completions in groups:
         longest = max(1, *(len(c.ids) for c in completions))
@@ -584,8 +522,7 @@ def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> l
 
 def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """-> ids [R, L], positions [R, L], mask [R, 1, L, L] or None; and for each completion token the
-    place in [R * L] that predicts it, and its id. In each completion positions go on from the
-    prompt's."""
+    place in [R * L] that predicts it, and its id."""
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)  # no real token sees the padding
     positions = torch.arange(length).repeat(len(rows), 1)
@@ -599,7 +536,7 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
             end = start + len(completion.ids)
             ids[r, start:end] = torch.tensor(completion.ids, dtype=torch.long)
             segments[r, start:end] = k
-            positions[r, start:end] -= start - prompt_end
+            positions[r, start:end] -= start - prompt_end  # they go on from the prompt's
             # the prompt's last token predicts the first one, every token the one behind it
             predictors = [prompt_end - 1, *range(start, end - 1)][: end - start]
             sources += [r * length + place for place in predictors]
@@ -615,17 +552,14 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
 
 def token_logprobs(model, ids, positions, mask, sources, targets, prompt_length, temperature):
     """Log-probs [tokens] of `targets`. Only completion positions meet the lm_head, in chunks which
-    backward computes again: [tokens, V] never exists. The first `prompt_length` places are prompt
-    in all rows: they need no mask (section 10). FSDP wraps this as a method (section 8)."""
+    backward computes again: [tokens, V] never exists. The first `prompt_length` need no mask."""
     out = model.base_model(ids, position_ids=positions, attention_mask=mask, use_cache=False,
                            prompt_length=prompt_length)
     # index_select, not [sources]: its backward adds in one order on any number of threads
     hidden = out.last_hidden_state.flatten(0, 1).index_select(0, sources)  # [tokens, h]
-
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(hidden).float().div_(temperature)  # [chunk, V]
         return -cross_entropy(logits, targets, reduction="none")  # one fused kernel, both ways
-
     chunks = []
     for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
         chunks.append(checkpoint(chunk_logprobs, h, t, use_reentrant=False))
@@ -648,12 +582,9 @@ def completion_logprobs(model, prompt_ids: list[int], completions: list[list[int
     row = Row(prompt_ids, [Completion(ids) for ids in completions])
     return row_logprobs(model, [row], temperature)
 
-
 # ================================================================================ 6 One step
 SUMS = ("loss", "grad_norm", "tokens", "clip_fraction", "kl", "entropy", "logprob_gap", "skipped")
-
-def padded(tensors: list[Tensor]) -> Tensor:
-    return pad_sequence(tensors, batch_first=True)  # tensors [len] -> [B, T]
+padded = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  # [len] -> [B, T]
 
 def keep_logprobs(model, batch: list[Row], name: str, temperature: float):
     """What stays the same during the updates of a step, noted in the completions."""
@@ -687,8 +618,12 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
     seed, sums = f"{config.seed}/{step}", dict.fromkeys(SUMS, 0.0)
     torch.manual_seed(random.Random(f"{seed}/sample/{ranks.rank}").getrandbits(63))
 
-    # 1 Format: prompts, in groups that have no completions yet
-    groups = format_groups(rows, seed, policy.tokenizer, config, ranks)
+    # 1 Format: this rank's share of the rows, in groups that have no completions yet. A row's place
+    # in the batch seeds its random generator: a batch is the same on any number of ranks
+    groups = []
+    for i in range(ranks.rank, len(rows), ranks.world):
+        rng = random.Random(f"{seed}/row/{i}")
+        groups.append(KINDS[rows[i]["kind"]].group(rows[i], policy.tokenizer, rng, config))
 
     with ranks.unsharded(policy.model, referee.model):
         # 2 Sample: G completions of every prompt
@@ -747,29 +682,24 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
             optimizer.zero_grad(set_to_none=True)
     return groups, sums
 
-
 # =============================================================================== 7 What is measured
 def observations(group: Group) -> list[tuple[str, float]]:
     """(metric, value) pairs; a metric of a step is the mean of its values over all groups."""
     kind, seen = group.row["kind"], []
-
     def see(name: str, *values: float):
         seen.extend((f"{name}/{kind}", float(value)) for value in values)
 
     rewards = [c.reward for c in group.completions if math.isfinite(c.reward)]
-    see("reward", *rewards)
+    see("reward", *(rewards or [0.0]))
     see("flat", len(set(rewards)) < 2)  # teaches nothing
     if len(rewards) > 1:
         see("reward_std", statistics.stdev(rewards))
-    see("no_signal", *[math.isnan(c.reward) for c in group.completions])
     see("length", *[len(c.ids) for c in group.completions])
     see("truncated", *[c.truncated for c in group.completions])
 
     # judgements: of a preference group its completions, of an open one what the referee said
-    said = [(question.completions[0], question) for question in group.judged]
-    if kind == "preference":
-        said = [(completion, group) for completion in group.completions]
-    for completion, question in said:
+    questions = [group] if kind == "preference" else group.judged
+    for question, completion in [(q, c) for q in questions for c in q.completions]:
         scores, truth = parse_scores(completion.text, len(question.shown)), question.truth
         see("parse_rate", scores is not None)
         if truth:
@@ -794,9 +724,10 @@ def observations(group: Group) -> list[tuple[str, float]]:
     return seen
 
 def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") -> dict[str, float]:
-    """Held-out scores at temperature 1 and greedy (`_greedy`); judge lists in a random order and in
-    its reverse. Beside each score its n (`_n`) and its standard error over prompts (`_se`)."""
-    names = {f"reward/{kind}": f"{kind}_accuracy" for kind in KINDS}
+    """Held-out scores at temperature 1 and `_greedy`, with n (`_n`) and standard error over prompts
+    (`_se`); judge lists in a random order and in its reverse."""
+    paid = KINDS.keys() - {"preference", "open"}  # the scores of these two are no rewards
+    names = {f"reward/{kind}": f"{kind}_accuracy" for kind in paid}
     names |= {"true_quality/open": "true_quality", "parse_rate/preference": "parse_rate",
               "pair_accuracy/preference": "referee_accuracy", "tau/preference": "referee_tau"}
     torch.manual_seed(random.Random(f"{config.seed}/held out/{ranks.rank}").getrandbits(63))
@@ -813,7 +744,7 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
             rollout(policy, groups, 1, temperature, config, "held out" if ranks.main else "")
         scored = []  # (score, (value, prompt))
         for group in groups:
-            if group.row["kind"] not in ("preference", "open"):  # their scores are no rewards
+            if group.row["kind"] in paid:
                 KINDS[group.row["kind"]].pay([group], None, config, None)
             for name, value in observations(group):
                 if name in names:
@@ -825,38 +756,29 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
     return metrics
 
 def mean_and_error(values: list[tuple[float, str]]) -> tuple[float, float]:
-    """(value, cluster) pairs -> mean, and its standard error with a cluster as the unit, for values
-    of one prompt are alike. NaN for a single cluster."""
+    """(value, cluster) pairs -> mean, and its standard error over clusters (NaN for one alone)."""
     mean, residuals = statistics.fmean(value for value, _ in values), {}
     for value, cluster in values:
         residuals[cluster] = residuals.get(cluster, 0.0) + value - mean
     count, squares = len(residuals), sum(residual**2 for residual in residuals.values())
     return mean, math.sqrt(squares * count / (count - 1)) / len(values) if count > 1 else math.nan
 
-# What is wrong and what helps: true on metrics `m`, beside the `first` value of each in the run
-ALARMS = {
-    "judgements do not parse: data_prep.py --warm_up, or a longer --judge_max_new_tokens":
-        lambda m, first: m.get("parse_rate/preference", 1) < 0.5,
-    "the referee gives whole groups one score: more preference rows in --mix":
-        lambda m, first: m.get("flat/open", 0) > 0.8,
-    "scores follow the length of responses: add lists in which the longer one is worse":
-        lambda m, first: m.get("length_tau/open", 0) > 0.8,
-    "half of the answers are cut: raise --max_new_tokens":
-        lambda m, first: max(m.get(f"truncated/{kind}", 0) for kind in KINDS) > 0.5,
-    "sampler and trainer disagree: other log-probs with the cache than without (nats a token)":
-        lambda m, first: m.get("logprob_gap", 0) > 0.1,
-    "the referee gets worse, so the policy may be fooling it: more preference rows, --kl_coef":
-        lambda m, first: m.get("eval/referee_tau", 1) < first.get("eval/referee_tau", 0) - 0.1,
-}
+# (metric, lowest and highest healthy value, what is wrong and what helps)
+ALARMS = [
+    ("parse_rate/preference", 0.5, 1, "judgements do not parse: data_prep.py --warm_up"),
+    ("flat/open", 0, 0.8, "the referee gives a whole group one score: more preference rows"),
+    ("length_tau/open", -1, 0.8, "scores follow length: add lists in which the longest is worst"),
+    ("truncated/verifiable", 0, 0.5, "half of the answers are cut: raise --max_new_tokens"),
+    ("logprob_gap", 0, 0.1, "sampler and trainer disagree: with a cache the model is another one"),
+    ("skipped", 0, 0, "no finite gradient, so no update: go back to a checkpoint if this goes on"),
+]
 
 # ========================================================================== 8 Ranks and checkpoints
-LONGEST_WAIT = timedelta(minutes=30)  # of a rank for the others: a rollout, a slow disk
 # What backward finds kept without --gradient_checkpointing: matrix products and sdpa's kernels. The
 # elementwise rest is computed again: half the memory for a few per cent of the time.
 KEPT = [getattr(torch.ops.aten, name).default for name in (
     "mm", "addmm", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")]
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DUMMY = Completion([0], sampled_logprobs=torch.zeros(1), ref_logprobs=torch.zeros(1),
                    old_logprobs=torch.zeros(1))
 
@@ -875,21 +797,21 @@ class Ranks:
             raise BadInput(f"--shard_size {shard} does not divide the {self.world} ranks")
         count = torch.cuda.device_count()
         if cuda and ((chosen or 0) >= count or (torchrun and chosen is not None)):
-            raise BadInput(f"--device {config.device}: {count} GPUs here; torchrun chooses its own")
+            raise BadInput(f"--device {config.device}: no such GPU, or torchrun chooses it")
         if cuda:
             self.device = torch.device("cuda", chosen or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-            # torch prefers cuDNN on Hopper: NaN gradients of masked rows with 64 modulo 128 places
-            # (pytorch issue 196678), and a plan of 0.05 to 0.4 s for every new shape
+            # on Hopper cuDNN's gradients of masked rows may be NaN (pytorch issue 196678)
             torch.backends.cuda.enable_cudnn_sdp(False)
-            self.fsdp["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+            self.fsdp["mp_policy"] = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         if cuda or torchrun:
             if not dist.is_initialized():
                 alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
-                dist.init_process_group("nccl" if cuda else "gloo", timeout=LONGEST_WAIT, **alone)
+                wait = timedelta(minutes=30)  # for the other ranks: a rollout, a slow disk
+                dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **alone)
             shape = (shard,) if shard == self.world else (self.world // shard, shard)
             names = ("replicate", "shard")[-len(shape) :]
-            self.fsdp["mesh"] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+            self.fsdp["mesh"] = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def gather(self, value) -> list:
         """The value of every rank, in rank order, on every rank. So all have come this far."""
@@ -915,8 +837,7 @@ class Ranks:
         return batches + [[Row([0], [DUMMY])] for _ in range(missing)]
 
     @contextmanager
-    def timed(self, sums: dict[str, float], name: str):
-        """Note the wall time of a phase, seconds."""
+    def timed(self, sums: dict[str, float], name: str):  # wall time of a phase, seconds
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -924,9 +845,8 @@ class Ranks:
         sums[name] = time.perf_counter() - start
 
     def load(self, name: str, config: Config, trainable: bool):
-        """A causal LM for this rank; float32 if it is trained, else the compute dtype. Never remote
-        code. Built without memory and sharded, then filled: no rank ever holds the whole model.
-        (transformers could do it, but only with accelerate.)"""
+        """A causal LM for this rank; float32 if it is trained, else the compute dtype. Sharded
+        while it has no memory, then filled: no rank ever holds the whole model."""
         dtype = torch.float32 if trainable or self.device.type == "cpu" else torch.bfloat16
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(name), dtype=dtype,
@@ -938,11 +858,11 @@ class Ranks:
                     setattr(module, attribute, 0.0)
         if self.fsdp:
             for layer in model.base_model.layers:
-                fully_shard(layer, **self.fsdp)
+                fsdp.fully_shard(layer, **self.fsdp)
             # embeddings, last norm and head: tied weights in one group; kept whole until backward
-            fully_shard(model, **self.fsdp, reshard_after_forward=not trainable)
-            model.token_logprobs = MethodType(token_logprobs, model)
-            register_fsdp_forward_method(model, "token_logprobs")
+            fsdp.fully_shard(model, **self.fsdp, reshard_after_forward=not trainable)
+            model.token_logprobs = functools.partial(token_logprobs, model)
+            fsdp.register_fsdp_forward_method(model, "token_logprobs")
             if not trainable:  # only a backward clears this list, and a frozen model has none
                 model.base_model.register_forward_hook(
                     lambda *_: model._get_fsdp_state()._comm_ctx.post_forward_order.clear())
@@ -965,7 +885,7 @@ class Ranks:
         kept = []
         for model in dict.fromkeys(models):
             for module in model.modules():
-                if isinstance(module, FSDPModule):
+                if isinstance(module, fsdp.FSDPModule):
                     module.unshard()
                     kept.append((module, module._forward_pre_hooks, module._forward_hooks))
                     module._forward_pre_hooks, module._forward_hooks = {}, {}
@@ -987,21 +907,10 @@ class Ranks:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         return (norm.full_tensor() if self.fsdp else norm).item()
 
-@contextmanager
-def in_one_line(what: str):
-    """What a disk, a model folder or a template does wrong is the user's to mend: no traceback."""
-    try:
-        yield
-    except (OSError, ValueError, TemplateError, StrictDataclassError,
-            dcp.CheckpointException) as error:
-        if isinstance(error, dcp.CheckpointException):  # of the first rank that failed
-            error = next(iter(error.failures.values()))[0]
-        raise BadInput(f"{what}: {str(error).strip().splitlines()[0][:200]}")
-
 def read_weights(model, name: str, ranks: Ranks):
     """Fill a model without values from safetensors: a rank reads its own shard of each tensor."""
     tied, state = model.all_tied_weights_keys, model.state_dict()
-    with in_one_line(f"{name}: not a model that can be loaded"):
+    with in_one_line(f"{name}: not a model that can be loaded", dcp.CheckpointException):
         folder = Path(name)
         if not folder.is_dir():
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
@@ -1014,7 +923,7 @@ def read_weights(model, name: str, ranks: Ranks):
         for key in state:
             if key not in stored:
                 raise ValueError(f"its safetensors have no {key}")
-            if stored[key].properties.dtype not in FLOATS:  # read as they are, they mean others
+            if stored[key].properties.dtype.itemsize < 2:  # read as they are, they mean others
                 raise ValueError(f"quantised: {key} is {stored[key].properties.dtype}")
         dcp.load(state, storage_reader=reader, no_dist=ranks.world == 1)
         if (folder / "generation_config.json").exists():
@@ -1046,7 +955,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks):
     """A kill or a full disk at any moment leaves the older ones alone."""
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    with in_one_line(f"{folder}: step {step} is not saved, older ones are intact"):
+    with in_one_line(f"step {step} is not saved, older ones are intact", dcp.CheckpointException):
         dcp.save(state, checkpoint_id=folder / f"step-{step}", no_dist=ranks.world == 1)
     if ranks.main:
         for old in set(folder.glob("step-*")) - set(checkpoints(folder)[-2:]):
@@ -1058,7 +967,7 @@ def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
     """Load the newest checkpoint in place, on any number of ranks -> its step; 0 without one."""
     for newest in checkpoints(folder)[-1:]:
         state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-        with in_one_line(f"{newest}: damaged, or of another model"):
+        with in_one_line(f"{newest}: damaged, or of another model", dcp.CheckpointException):
             dcp.load(state, checkpoint_id=newest, no_dist=ranks.world == 1)
         dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"],
                                  optim_state_dict=state["optimizer"])
@@ -1066,23 +975,20 @@ def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
     return 0
 
 def export(policy: Actor, folder: Path, ranks: Ranks):
-    """An ordinary Hugging Face folder of float32 weights, written beside and renamed."""
+    """An ordinary Hugging Face folder of float32 weights."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(policy.model, options=options)  # whole on rank 0 alone
     if ranks.main:
-        temporary, tied = folder.with_name(folder.name + ".tmp"), policy.model.all_tied_weights_keys
+        tied = policy.model.all_tied_weights_keys
         state = {key: tensor for key, tensor in state.items() if key not in tied}  # else twice
-        policy.model.save_pretrained(temporary, state_dict=state)
-        policy.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        policy.model.save_pretrained(folder, state_dict=state)
+        policy.tokenizer.save_pretrained(folder)
     ranks.gather(None)
-
 
 # ======================================================================================== 9 The run
 def load_config(name: str):
     """The model's configuration; BadInput if such a model cannot be trained rightly here."""
-    with in_one_line(f"{name}: not a model folder or reachable Hub name"):
+    with in_one_line(f"{name}: not a model folder or reachable Hub name", StrictDataclassError):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     layers, rope = getattr(config, "layer_types", None), getattr(config, "rope_parameters", None)
     window = not layers and getattr(config, "sliding_window", None)
@@ -1124,26 +1030,21 @@ def load_actor(name: str, config: Config, ranks: Ranks, trainable: bool) -> Acto
     return Actor(model, tokenizer, sorted(ids - {None}))
 
 def prepare_rows(config: Config, tokenizer, context: int, ranks: Ranks):
-    """-> training rows by kind, held-out rows, prompts of each kind in a step; or BadInput."""
-    tiny = config.data == PRESETS["tiny"]["data"]  # no other file: a typo is never written to
-    if tiny and ranks.main and not Path(config.data).exists():
-        make_tiny(Path(config.data).parent)
+    """-> training rows by kind, prompts of each kind in a step, held-out rows; or BadInput."""
+    if config.data == PRESETS["tiny"]["data"] and ranks.main and not Path(config.data).exists():
+        make_tiny(Path(config.data).parent)  # no other file: a typo is never written to
     ranks.gather(None)  # the file is there
-    if not re.fullmatch(rf"(?=.*[1-9])\d+(:\d+){{{len(KINDS) - 1}}}", config.mix):  # not all 0
-        raise BadInput(f"--mix {config.mix}: expected {':'.join(KINDS)} as whole numbers")
-    counts = {kind: int(number) for kind, number in zip(KINDS, config.mix.split(":"))}
     VERIFIERS[config.verifier]("", "0")  # a package that it needs is there
-    rows, held_out, by_kind = load_rows(config.data, KINDS), [], {}
-    if config.eval_data and config.eval_every:
-        held_out = load_rows(config.eval_data, KINDS)
-    check_prompts(rows + held_out, tokenizer, config, context)
-    few = []
+    counts = mix_counts(config.mix, KINDS)
+    by_kind, held_out = rows_by_kind(config.data, KINDS), []
     for kind, count in counts.items():
-        few += [row for row in held_out if row["kind"] == kind][: config.eval_rows]
-        by_kind[kind] = [row for row in rows if row["kind"] == kind]
         if count and not by_kind[kind]:
             raise BadInput(f"{config.data}: no rows of kind {kind}, but --mix {config.mix}")
-    return by_kind, few, counts
+    if config.eval_data and config.eval_every:
+        for rows in rows_by_kind(config.eval_data, KINDS).values():
+            held_out += rows[: config.eval_rows]
+    check_prompts([*itertools.chain(*by_kind.values()), *held_out], tokenizer, config, context)
+    return by_kind, counts, held_out
 
 def check_prompts(rows: list[dict], tokenizer, config: Config, context: int):
     """BadInput for a prompt that the chat template refuses, or that is too long for its completion
@@ -1156,46 +1057,27 @@ def check_prompts(rows: list[dict], tokenizer, config: Config, context: int):
         if roles in tried and 4 * len(str(row["prompt"])) + 4000 < room:
             continue
         tried.add(roles)
-        with in_one_line(f"{row['line']}: prompt (data_prep.py --max_chars)"):
+        with in_one_line(f"{row['line']}: prompt (data_prep.py --max_chars)", TemplateError):
             group = KINDS[row["kind"]].group(row, tokenizer, random.Random(0), config)
             if row["kind"] == "open":
                 judge_group(row, hard, list(range(len(hard))), tokenizer, random.Random(0), config)
             if len(group.prompt_ids) > context - group.limit:
-                raise ValueError(f"{len(group.prompt_ids)} tokens, but the context of {context} "
-                                 f"leaves {context - group.limit} beside the completion")
-
-def batch_rows(by_kind: dict[str, list], counts: dict[str, int], seed: int, step: int):
-    """The rows of a step: a function of (seed, step), so resume needs no replay; epochs by kind."""
-    batch = []
-    for kind, count in counts.items():
-        for position in range(step * count, (step + 1) * count):
-            epoch, offset = divmod(position, len(by_kind[kind]))
-            order = shuffled(len(by_kind[kind]), f"{seed}/{kind}/{epoch}")
-            batch.append(by_kind[kind][order[offset]])
-    return batch
-
-@functools.lru_cache(maxsize=16)  # one permutation for each kind and epoch in use
-def shuffled(n: int, key: str) -> list[int]:
-    return random.Random(key).sample(range(n), n)
+                raise ValueError(f"too long: the context leaves {context - group.limit} tokens")
 
 class Log:
-    """What rank 0 writes (metrics.jsonl, samples.jsonl, log.txt) and says; resumed, it appends."""
+    """What rank 0 writes (metrics.jsonl, samples.jsonl) and says; resumed, it appends."""
 
     def __init__(self, folder: Path, config: Config, start: int, main: bool):
-        self.folder, self.main, self.track = folder, main, lambda m: None
-        self.first, self.evals, self.alarmed = {}, [], set()
+        self.folder, self.main, self.alarmed, self.track = folder, main, set(), lambda m: None
+        self.say = tqdm.write if main else lambda text: None
         if not main:
             return
-        self.write("config.json", json.dumps(asdict(config), indent=2), "w")
-        for name in ("samples.jsonl", "metrics.jsonl"):  # keep what came before, repeat no step
-            path, kept = folder / name, []
-            if start and path.exists():
-                lines = path.read_text().split("\n")[:-1]  # the last: nothing, or half a line
-                kept = [line for line in lines if json.loads(line)["step"] <= start]
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
+        for path in (folder / "samples.jsonl", folder / "metrics.jsonl"):  # repeat no step
+            lines = path.read_text() if start and path.exists() else ""
+            kept = [line for line in lines.split("\n")[:-1] if json.loads(line)["step"] <= start]
             path.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
-            path.with_suffix(".tmp").replace(path)
-        for line in kept:
-            self.remember(json.loads(line))
+            path.with_suffix(".tmp").replace(path)  # without a last line that is cut
         if config.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(str(folder))
@@ -1205,72 +1087,53 @@ class Log:
             run = wandb.init(project="urpo", name=folder.name, config=asdict(config))
             self.track = lambda m: run.log(m, step=m["step"])
 
-    def write(self, name: str, line: str, mode: str = "a"):
+    def write(self, name: str, line: dict):
         if self.main:
-            with open(self.folder / name, mode, encoding="utf-8") as file:
-                file.write(line + "\n")
-
-    def say(self, text: str, aloud: bool = True):
-        self.write("log.txt", text)
-        if self.main and aloud:
-            tqdm.write(text)
-
-    def remember(self, m: dict):
-        self.first = m | self.first
-        if "loss" not in m:
-            self.evals.append(m)
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def metrics(self, m: dict):
-        """One line in five is said aloud, an alarm once."""
-        self.remember(m)
-        self.write("metrics.jsonl", json.dumps(m))
+        """Of the lines of steps one in five is said, each alarm once."""
+        self.write("metrics.jsonl", m)
         self.track(m)
-        if "loss" in m:
+        if "loss" in m and m["step"] % 5 == 1:
             rewards = " ".join(f"{k} {m.get(f'reward/{k}', math.nan):+.3f}" for k in KINDS)
             self.say(f"step {m['step']}: reward {rewards} | loss {m['loss']:+.4f} kl {m['kl']:.4f} "
-                     f"grad {m['grad_norm']:.2f} entropy {m['entropy']:.2f} | {m['seconds']:.1f} s",
-                     aloud=m["step"] % 5 == 1)
-        for text, rings in ALARMS.items():
-            if rings(m, self.first):
-                self.say(f"  ! step {m['step']}: {text}", aloud=text not in self.alarmed)
+                     f"grad {m['grad_norm']:.2f} entropy {m['entropy']:.2f} | {m['seconds']:.1f} s")
+        for name, lowest, highest, text in ALARMS:
+            if not lowest <= m.get(name, lowest) <= highest and text not in self.alarmed:
+                self.say(f"  ! step {m['step']}: {text}")
                 self.alarmed.add(text)
 
     def samples(self, step: int, groups: list[Group]):
         """The first group of each kind to samples.jsonl; one of its completions is said."""
         firsts = {group.row["kind"]: group for group in reversed(groups)}
-        for group in [firsts[kind] for kind in KINDS if kind in firsts]:
-            judged = []
+        for kind, group in reversed(firsts.items()):
+            judged, asked = [], group.row["prompt"][-1]["content"]
             for question in group.judged:
                 critique = question.completions[0].text
-                scores = parse_scores(critique, len(question.shown))
-                judged.append({"shown": question.shown, "critique": critique, "scores": scores})
-            line = {"step": step, "kind": group.row["kind"], "prompt": group.row["prompt"],
+                judged.append({"shown": question.shown, "critique": critique,
+                               "scores": parse_scores(critique, len(question.shown))})
+            line = {"step": step, "kind": kind, "prompt": group.row["prompt"],
                     "responses": group.responses, "truth": group.truth, "judged": judged}
             for c in group.completions:
                 line["completion"] = c.text
                 line["reward"] = c.reward if math.isfinite(c.reward) else None
-                if line["kind"] == "open" and group.row.get("source") == "tiny":
-                    asked = group.row["prompt"][-1]["content"]
+                if kind == "open" and group.row.get("source") == "tiny":
                     line["true_quality"] = tiny_quality(asked, c.text)
-                self.write("samples.jsonl", json.dumps(line, ensure_ascii=False))
-            asked = group.row["prompt"][-1]["content"][-50:]
-            self.say(f"  {line['kind']:<10} {c.reward:+.2f} | {asked!r} -> {c.text[-90:]!r}")
+                self.write("samples.jsonl", line)
+            self.say(f"  {kind:<10} {c.reward:+.2f} | {asked[-50:]!r} -> {c.text[-90:]!r}")
 
     def summary(self, trivial: dict[str, float]):
-        """Held-out scores before and after, with standard errors over prompts, their n, and what
-        the best trivial strategy gets."""
-        runs = self.evals[:1] + self.evals[-1:]
-        heads = [f"step {m['step']}" for m in runs]
-        self.say(f"{'':<26}{heads[0]:>18}{heads[1]:>18}{'n':>8}{'trivial':>10}")
-        for name in [name.removesuffix("_n") for name in self.evals[-1] if name.endswith("_n")]:
-            cells = [f"{m[name]:.3f} ± {m[f'{name}_se']:.3f}" for m in runs]
-            n = runs[-1][f"{name}_n"]
-            name = name.removeprefix("eval/")
-            easy = trivial.get(name.removesuffix("_greedy"))
-            easy = "-" if easy is None else f"{easy:.3f}"
-            self.say(f"{name:<26}{cells[0]:>18}{cells[1]:>18}{n:>8}{easy:>10}")
-
-MAX_SKIPPED = 5  # steps: one bad batch happens, five in a row do not mend themselves
+        """Held-out scores before and after, ± standard errors over prompts, and what is trivial."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        evals = [m for m in map(json.loads, lines) if "loss" not in m]
+        self.say(f"{'held out, at step':<26}{evals[0]['step']:<18}{evals[-1]['step']:<18}n      trivial")
+        for name in [name for name in evals[-1] if f"{name}_se" in evals[-1]]:
+            cells = [f"{m[name]:.3f} ± {m[f'{name}_se']:.3f}" for m in (evals[0], evals[-1])]
+            short = name.removeprefix("eval/")
+            easy = trivial.get(short.removesuffix("_greedy"), "")
+            self.say(f"{short:<26}{cells[0]:<18}{cells[1]:<18}{evals[-1][name + '_n']:<7}{easy:.5}")
 
 @show_traceback  # torchrun then shows the traceback of the rank that failed first
 def train(config: Config) -> Path:
@@ -1284,10 +1147,10 @@ def train(config: Config) -> Path:
     tokenizer, context = load_tokenizer(config.model)
     most = context - config.judge_max_new_tokens
     config.judge_prompt_tokens = min(config.judge_prompt_tokens, most)
-    by_kind, held_out, counts = prepare_rows(config, tokenizer, context, ranks)
+    by_kind, counts, held_out = prepare_rows(config, tokenizer, context, ranks)
     name = time.strftime(f"runs/{config.preset or 'run'}-%Y%m%d-%H%M%S")
     config.out = ranks.gather(config.out or name)[0]
-    folder = Path(config.out)
+    folder, last = Path(config.out), config.steps
     if not config.resume and (folder / "metrics.jsonl").exists():
         raise BadInput(f"{folder} holds a run: --resume true goes on, or give another --out")
     ranks.gather(None)  # all have looked
@@ -1299,35 +1162,24 @@ def train(config: Config) -> Path:
 
     # ---- models, and the checkpoint to go on from
     policy = load_actor(config.model, config, ranks, trainable=True)
-    referee, reference = policy, None
+    referee = policy
     if config.referee != "self":
         referee = load_actor(config.referee, config, ranks, trainable=False)
-    if config.kl_coef:
-        reference = ranks.load(config.model, config, trainable=False)
+    reference = ranks.load(config.model, config, trainable=False) if config.kl_coef else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0, fused=True)
     start = resume(folder / "checkpoints", policy.model, optimizer, ranks)
     log = Log(folder, config, start, ranks.main)
-    log.say(str(config), aloud=False)
-    sizes = ", ".join(f"{len(rows)} {kind}" for kind, rows in by_kind.items())
-    log.say(f"{folder}: {sizes} rows, {len(held_out)} held out; from step {start}")
+    log.say(f"{folder}: {len(held_out)} rows held out; from step {start}")
 
-    stop_signals = []
-
-    def stop(*_):
-        """SIGTERM: finish the step, save, exit 0. A second one ends at once: a rank may be gone."""
-        stop_signals.append(True)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, stop)
+    # SIGTERM: finish the step, save, exit 0. A second one ends at once: a rank may be gone
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if held_out and not start:
         log.metrics({"step": 0, **evaluate(policy, held_out, config, ranks)})
-    skipped, last = 0, config.steps
     for step in tqdm(range(start + 1, last + 1), initial=start, total=last, disable=not ranks.main):
         # ---- 1 to 6
         begin = time.perf_counter()
         rate = config.learning_rate * min(1.0, step / max(1, config.lr_warmup))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         rows = batch_rows(by_kind, counts, config.seed, step - 1)
         groups, sums = urpo_step(policy, referee, reference, optimizer, rows, step, config, ranks)
 
@@ -1337,14 +1189,11 @@ def train(config: Config) -> Path:
         due = config.eval_every and (step == last or step % config.eval_every == 0)
         if due or (config.eval_every and step == 1):
             log.samples(step, groups)
-        skipped = skipped + 1 if sums["skipped"] else 0
-        if skipped == MAX_SKIPPED:
-            raise BadInput(f"step {step}: no finite gradient in {skipped} steps: see checkpoints")
 
         # ---- held-out scores, checkpoint
         if held_out and due:
             log.metrics({"step": step, **evaluate(policy, held_out, config, ranks)})
-        stopping = any(ranks.gather(bool(stop_signals)))
+        stopping = any(ranks.gather(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL))
         if stopping or (config.save_every and (step == last or step % config.save_every == 0)):
             save_checkpoint(folder / "checkpoints", step, policy.model, optimizer, ranks)
         if stopping and step < last:
@@ -1352,17 +1201,14 @@ def train(config: Config) -> Path:
             return folder
 
     export(policy, folder / "final", ranks)
-    if log.evals:
+    if held_out and ranks.main:
         log.summary(trivial_scores(held_out))
     log.say(f"the model is in {folder / 'final'}")
     return folder / "final"
 
 def step_metrics(groups: list[Group], sums: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """The metrics of a step over all ranks, from this rank's groups and sums."""
-    said = [question.completions[0] for group in groups for question in group.judged]
-    sampled = [completion for group in groups for completion in group.completions]
-    sums["generated_tokens"] = sum(len(c.ids) for c in sampled)
-    sums["judge_tokens"] = sum(len(c.ids) for c in said)
+    sums["generated_tokens"] = sum(len(c.ids) for group in groups for c in group.completions)
+    sums["judge_tokens"] = sum(len(q.completions[0].ids) for group in groups for q in group.judged)
     metrics = ranks.sum(sums)
     for name in metrics:
         if name in ("clip_fraction", "kl", "entropy", "logprob_gap"):
@@ -1375,16 +1221,11 @@ def step_metrics(groups: list[Group], sums: dict[str, float], ranks: Ranks) -> d
     if ranks.device.type == "cuda":
         metrics["peak_cuda_mib"] = max(ranks.gather(torch.cuda.max_memory_allocated() / 2**20))
     observed = ranks.collect([pair for group in groups for pair in observations(group)])
-    for name, values in observed.items():
-        metrics[name] = statistics.fmean(values)
-        if name.startswith("flat/"):  # a kind without any signal has a reward, too
-            metrics.setdefault(name.replace("flat", "reward"), 0.0)
-    return metrics
+    return metrics | {name: statistics.fmean(values) for name, values in observed.items()}
 
 def parse(arguments: list[str]) -> Config:
     """Flags over the preset's values over the defaults. Unknown, abbreviated ones are refused."""
-    parser = transformers.HfArgumentParser(Config, description=__doc__, allow_abbrev=False,
-                                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False)
     given, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         raise BadInput(f"unknown flag {unknown[0]}; python urpo.py --help lists them all")
@@ -1395,20 +1236,18 @@ def parse(arguments: list[str]) -> Config:
             preset = "tiny"
     if preset and preset not in PRESETS:
         raise BadInput(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    parser.set_defaults(preset=preset, **PRESETS.get(preset, {}))
     [config] = parser.parse_args_into_dataclasses(arguments)
-    config.preset = preset
     if not config.model or not config.data:
         raise BadInput("--model and --data are both needed (or a --preset)")
-    least = dict(steps=0, group_size=2, list_size=2, judgements=1, max_new_tokens=1,
-                 judge_max_new_tokens=1, microbatch_tokens=1, updates_per_rollout=1)
+    least = dict(group_size=2, list_size=2, judgements=1, max_new_tokens=1, temperature=0.01,
+                 judge_max_new_tokens=1, updates_per_rollout=1)
     for name, limit in least.items():
         if getattr(config, name) < limit:
             raise BadInput(f"--{name} {getattr(config, name)}: expected at least {limit}")
-    if config.temperature <= 0 or config.list_size >= len(LABELS):
-        raise BadInput(f"--temperature must be above 0, --list_size below {len(LABELS)}")
+    if config.list_size >= len(LABELS):
+        raise BadInput(f"--list_size {config.list_size}: expected less than {len(LABELS)}")
     return config
-
 
 # ========================================================================================= 10 Speed
 # The same numbers, sooner. Without it: DynamicCache.batch_repeat_interleave, sdpa, plain weights.
@@ -1416,7 +1255,6 @@ ATTENTION = "urpo"  # transformers' name for group_attention; its own "sdpa" sta
 
 class SharedPromptLayer(DynamicLayer):
     """A cache layer that holds the prompt of a group once, and behind it the n completions' tokens.
-
     `parts`: ordinary cache layers [1, kv heads, p, head dim] of the prompts, put on the right of P
     places. What follows is written into its `room`: DynamicLayer would copy all for every token."""
 
@@ -1464,11 +1302,10 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.mT.float())
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, prompt_length=0, **kw):
-    """sdpa for completions that share a prompt -> [B, L, heads, head dim], None.
-
-    In packed rows (section 5) the first `prompt_length` places are causal, which sdpa computes in
-    half the time without a mask. While sampling, one token of each of the n completions of a group
-    meets its prompt's keys, which are read once for all of them, and its own."""
+    """sdpa for completions that share a prompt -> [B, L, heads, head dim], None. In packed rows the
+    first `prompt_length` places are causal, which sdpa computes in half the time without a mask.
+    While sampling, one token of each of the n completions of a group meets its prompt's keys, which
+    are read once for all of them, and its own."""
     sdpa = functools.partial(sdpa_attention_forward, module, scaling=scaling, **kw)
     if prompt_length and attention_mask is not None:
         begin, end = slice(prompt_length), slice(prompt_length, None)
