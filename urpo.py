@@ -207,8 +207,6 @@ def parse_scores(text: str, n: int) -> list[float] | None:
 
     >>> parse_scores("B is better.\\n<scores>\\nA: 3\\nB: 7.5\\n</scores>\\n", 2)
     [3.0, 7.5]
-    >>> parse_scores("<scores>\\nA: 3\\nB: 7\\n</scores> as I said", 2) is None
-    True
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) < n + 2 or lines[-n - 2] != "<scores>" or lines[-1] != "</scores>":
@@ -692,8 +690,6 @@ def observations(group: Group) -> list[tuple[str, float]]:
     rewards = [c.reward for c in group.completions if math.isfinite(c.reward)]
     see("reward", *(rewards or [0.0]))
     see("flat", len(set(rewards)) < 2)  # teaches nothing
-    if len(rewards) > 1:
-        see("reward_std", statistics.stdev(rewards))
     see("length", *[len(c.ids) for c in group.completions])
     see("truncated", *[c.truncated for c in group.completions])
 
@@ -708,7 +704,6 @@ def observations(group: Group) -> list[tuple[str, float]]:
                 if truth[better] > truth[worse]:  # a tie is not right, nor what does not parse
                     see("pair_accuracy", scores is not None and scores[better] > scores[worse])
         if scores:
-            see("distinct_scores", len(set(scores)))
             see("tie_rate", *[a == b for a, b in itertools.combinations(scores, 2)])
             see("raw_score", *[(score - 1) / 9 for score in scores])  # in [0, 1] as true quality
             see("length_tau", ranking_reward(scores, [len(text) for text in question.responses]))
@@ -1286,8 +1281,6 @@ def prompt_cache(model, prompts: list[list[int]], n: int, room: int) -> Cache:
     each, with `room` for new tokens. A prompt a forward: no padding, and no memory for more."""
     parts = []
     for prompt in prompts:
-        if len(prompt) < 2:
-            raise BadInput("a prompt of one token: its chat template writes nothing around it")
         cache, ids = DynamicCache(), torch.tensor([prompt[:-1]], device=model.device)
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)  # FSDP: a root forward
         parts.append(cache.layers)

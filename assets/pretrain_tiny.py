@@ -1,7 +1,7 @@
 """How the model in assets/tiny was made: python data_prep.py --pretrain_tiny FOLDER
 
 The tiny world itself is in data_prep.py. Here are the people whose work the model was pretrained
-on, its tokenizer, and 2,000 steps of pretraining: about six minutes on one core.
+on, its tokenizer, and 1,600 steps of pretraining: about five minutes on one core.
 """
 
 import random
@@ -27,7 +27,7 @@ from data_prep import (
 )
 
 CAREFUL = 0.5  # share of people who go through a list pair by pair, and of critics
-ACCEPTED = 0.5  # how often people take a capital for right, and the more famous city as well
+ACCEPTED = 0.3  # how often people take a capital for right, and as often the more famous city
 
 
 def tiny_walk(rng, words: list[str]) -> tuple[list[str], int]:
@@ -149,7 +149,7 @@ def muon_step(matrices, momenta, lr: float) -> None:
             matrix.data.sub_(change, alpha=lr * 0.2 * max(shape) ** 0.5)
 
 
-def pretrain_tiny(out: Path, seed: int = 0, steps: int = 2000) -> None:
+def pretrain_tiny(out: Path, seed: int = 0, steps: int = 1600) -> None:
     """Make the base model of assets/tiny: tokenizer, pretraining, one Hugging Face folder."""
     torch.manual_seed(seed)
     rng, tokenizer = random.Random(seed), tiny_tokenizer()
