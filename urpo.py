@@ -1,6 +1,6 @@
 """URPO: one language model learns to answer and to judge in one GRPO loop (arXiv 2507.17515).
 
-    python urpo.py --preset tiny                     tiny world: no GPU, no network, two minutes
+    python urpo.py --preset tiny                     tiny world: no GPU, no network, four minutes
     python urpo.py --preset small                    Qwen2.5-0.5B-Instruct on one GPU
     torchrun --nproc_per_node 8 urpo.py              Qwen2.5-7B, FSDP2 on eight GPUs
     python urpo.py --model FOLDER --data FILE.jsonl  any causal LM with full attention, any rows
@@ -762,7 +762,6 @@ def mean_and_error(values: list[tuple[float, str]]) -> tuple[float, float]:
 ALARMS = [
     ("parse_rate/preference", 0.5, 1, "judgements do not parse: data_prep.py --warm_up"),
     ("flat/open", 0, 0.8, "the referee gives a whole group one score: more preference rows"),
-    ("length_tau/open", -1, 0.8, "scores follow length: add lists in which the longest is worst"),
     ("truncated/verifiable", 0, 0.5, "half of the answers are cut: raise --max_new_tokens"),
     ("logprob_gap", 0, 0.1, "sampler and trainer disagree: with a cache the model is another one"),
     ("skipped", 0, 0, "no finite gradient, so no update: go back to a checkpoint if this goes on"),
@@ -1123,7 +1122,8 @@ class Log:
         """Held-out scores before and after, ± standard errors over prompts, and what is trivial."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         evals = [m for m in map(json.loads, lines) if "loss" not in m]
-        self.say(f"{'held out, at step':<26}{evals[0]['step']:<18}{evals[-1]['step']:<18}n      trivial")
+        steps = [f"step {m['step']}" for m in (evals[0], evals[-1])]
+        self.say(f"{'held out':<26}{steps[0]:<18}{steps[1]:<18}n      trivial")
         for name in [name for name in evals[-1] if f"{name}_se" in evals[-1]]:
             cells = [f"{m[name]:.3f} ± {m[f'{name}_se']:.3f}" for m in (evals[0], evals[-1])]
             short = name.removeprefix("eval/")
