@@ -1521,7 +1521,7 @@ def test_tiny_world(tmp_path, monkeypatch):
     assert 0.5 <= scores["referee_accuracy"] < 0.62 and scores["true_quality"] < 0.6
     pair = dict(kind="preference", prompt="x", responses=["aaa", "b", "cc"], scores=[3, 2, 2])
     scores = data_prep.trivial_scores([pair, dict(pair, responses=["aaa", "b", "cccc"])])
-    assert scores == {"referee_accuracy": 0.75, "referee_tau": 0.5}
+    assert scores == {"referee_accuracy": 0.75, "referee_tau": 0.5, "parse_rate": 1}
 
 
 def test_warm_up_teaches_the_form_alone(tmp_path, monkeypatch):

@@ -1123,12 +1123,12 @@ class Log:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         evals = [m for m in map(json.loads, lines) if "loss" not in m]
         steps = [f"step {m['step']}" for m in (evals[0], evals[-1])]
-        self.say(f"{'held out':<26}{steps[0]:<18}{steps[1]:<18}n      trivial")
+        self.say(f"{'held out':<28}{steps[0]:<18}{steps[1]:<18}n      trivial")
         for name in [name for name in evals[-1] if f"{name}_se" in evals[-1]]:
             cells = [f"{m[name]:.3f} ± {m[f'{name}_se']:.3f}" for m in (evals[0], evals[-1])]
-            short = name.removeprefix("eval/")
-            easy = trivial.get(short.removesuffix("_greedy"), "")
-            self.say(f"{short:<26}{cells[0]:<18}{cells[1]:<18}{evals[-1][name + '_n']:<7}{easy:.5}")
+            short, n = name.removeprefix("eval/"), evals[-1][f"{name}_n"]
+            easy = trivial.get(short.removesuffix("_greedy"), math.nan)
+            self.say(f"{short:<28}{cells[0]:<18}{cells[1]:<18}{n:<7}{easy:.3f}")
 
 @show_traceback  # torchrun then shows the traceback of the rank that failed first
 def train(config: Config) -> Path:
