@@ -257,9 +257,8 @@ def test_sampler_and_trainer_agree(arch, tied):
 
 
 @pytest.mark.parametrize("offset", [400, 1000, 2500])
-def test_scores_of_attention_are_float32(offset):
-    """Bug: while sampling in bfloat16 the scores q.k, which reach -2,500 in Qwen2.5, are rounded to
-    multiples of 16 before the softmax (0.07 to 0.36 nats a token here, against 0.01)."""
+def test_scores_and_softmax_are_float32(offset):
+    """Bug: in bfloat16 scores q.k (up to -2,500, Qwen2.5) or the softmax (.03 nats) are rounded."""
     rope = dict(rope_type="default", rope_theta=1e6)
     model = tiny(scale=6, seed=1, num_hidden_layers=4, rope_parameters=rope)
     for layer in model.model.layers:  # in the slowest rotary frequency: for all positions
@@ -272,6 +271,13 @@ def test_scores_of_attention_are_float32(offset):
         [trained] = completion_logprobs(model, prompt, [c.ids])
         gaps.append((trained - c.sampled_logprobs).abs())
     assert torch.cat(gaps).mean() < 0.03
+
+    head, places = torch.nn.Linear(64, 5000, dtype=torch.bfloat16), torch.arange(8)
+    out = SimpleNamespace(last_hidden_state=torch.randn(1, 8, 64).bfloat16() * 4)
+    model = SimpleNamespace(base_model=lambda *_, **__: out, get_output_embeddings=lambda: head)
+    got = urpo.token_logprobs(model, None, None, None, places, places, 1, 0.7)
+    exact = (head(out.last_hidden_state[0]).double() / 0.7).log_softmax(-1).diagonal()
+    assert got.dtype == torch.float32 and (got - exact).abs().max() < 1e-5
 
 
 def test_draws_follow_the_policy():
@@ -289,8 +295,7 @@ def test_draws_follow_the_policy():
 
 
 def test_dropout_and_mode(settings, tmp_path):
-    """Bug: dropout while sampling or training; the model left in another mode or with the sampler's
-    weights; layers computed again although nobody asked (a third more work), or not at all."""
+    """Bug: dropout; another mode or the sampler's weights left; layers computed again in vain."""
     folder, work = save(tmp_path / "m", attention_dropout=0.3), []
     for again in (False, True):
         model = urpo.Ranks(settings()).load(folder, settings(gradient_checkpointing=again), True)
@@ -319,8 +324,7 @@ def gradient(model, total):
 @ARCHITECTURES
 @pytest.mark.parametrize("tokens,chunk", [(48, 5), (4096, 512)])
 def test_packed_equals_plain(arch, tied, tokens, chunk, monkeypatch):
-    """Bug: completions that see each other or padding, positions that do not restart behind the
-    prompt, a first token predicted by the wrong place, chunks that lose or double a gradient."""
+    """Bug: completions see each other or padding; wrong positions, first tokens or gradients."""
     monkeypatch.setattr(urpo, "HEAD_CHUNK", chunk)
     model, groups, prompt_of = tiny(arch, tied), [], {}
     for length, *lengths in [(40, 1, 7, 0, 4, 12), (2, 30, 50, 9), (9, 0), (5, 3, 3, 3)]:
@@ -343,20 +347,8 @@ def test_packed_equals_plain(arch, tied, tokens, chunk, monkeypatch):
     assert (packed - plain).norm() <= 1e-4 * plain.norm()
 
 
-def test_softmax_in_float32():
-    """Bug: a softmax over the vocabulary in bfloat16 is off by .03 nats."""
-    torch.manual_seed(0)
-    head, places = torch.nn.Linear(64, 5000, dtype=torch.bfloat16), torch.arange(8)
-    out = SimpleNamespace(last_hidden_state=torch.randn(1, 8, 64).bfloat16() * 4)
-    model = SimpleNamespace(base_model=lambda *_, **__: out, get_output_embeddings=lambda: head)
-    got = urpo.token_logprobs(model, None, None, None, places, places, 1, 0.7)
-    exact = (head(out.last_hidden_state[0]).double() / 0.7).log_softmax(-1).diagonal()
-    assert got.dtype == torch.float32 and (got - exact).abs().max() < 1e-5
-
-
 def test_probe_of_packed_rows(monkeypatch):
-    """Bug: the probe at the start refuses a right model for the rounding of bfloat16, or does not
-    see that completions are not hidden from each other."""
+    """Bug: the probe refuses bfloat16's rounding, or misses completions that see each other."""
     models = [tiny(arch, scale=4, seed=i) for i in range(8) for arch in ("Qwen2", "Llama")]
     models += [model.bfloat16() for model in models[:8]]
     for model in models:
@@ -385,8 +377,7 @@ ADVANTAGES = [  # rewards, advantages, and without --scale_std
 
 
 def test_advantages():
-    """Bug: the deviation of a population (ddof 0), statistics over the batch instead of the group,
-    no signal taken as 0, noise as advantage (in float32 equal rewards have a deviation)."""
+    """Bug: ddof 0, statistics over the batch, no signal taken as 0, noise as advantage."""
     rewards, *expected = (list(column) for column in zip(*ADVANTAGES))
     for scale_std, by_hand in zip((True, False), expected):
         got = urpo.group_advantages(torch.tensor(rewards), scale_std)
@@ -410,8 +401,7 @@ AGGREGATES = pytest.mark.parametrize("aggregate", ["sequence", "token", "constan
 
 @AGGREGATES
 def test_loss_by_hand(aggregate):
-    """Bug: a mean of means, terms over different denominators, padding that counts, clip sides
-    swapped, a KL of the wrong sign, a term detached; 0/0 if all is masked, exp(90) in float32."""
+    """Bug: wrong denominators, padding counts, clip sides or KL swapped, 0/0, exp(90) in fp32."""
     lengths, by_hand, clipped = [1, 5, 3, 10], [], 0
     live, old, ref, advantages, mask = loss_inputs(lengths, width=12)
     for i, length in enumerate(lengths):
@@ -449,8 +439,7 @@ def by_length(group):
 
 
 def test_who_reaches_the_loss(one_step, monkeypatch):
-    """Bug: judgements of open groups in the loss, a judge with other weights, an advantage at the
-    wrong completion, one baseline for equal prompts, sampled "1", "0" made the one token "10"."""
+    """Bug: judgements in the loss, an old judge, advantages or baselines mixed up, new ids."""
     run = one_step(ROWS[:3] * 2)
     model, (players, judge) = run.policy.model, run.sample
     assert players.args[0] is judge.args[0] is model
@@ -484,8 +473,7 @@ def test_who_reaches_the_loss(one_step, monkeypatch):
 
 @AGGREGATES
 def test_step_does_not_depend_on_micro_batches(one_step, aggregate):
-    """Bug: a denominator for each micro-batch instead of one for the step; a sign, a shift or a
-    mask that is wrong somewhere: on-policy a step is one of plain REINFORCE."""
+    """Bug: a denominator for each micro-batch; a sign, shift or mask: it is not REINFORCE."""
     flags = dict(rewards=by_length, aggregate=aggregate, sgd=True, kl_coef=0.1, learning_rate=1.0)
     few = one_step(**flags)
     many = one_step(**flags, microbatch_tokens=60, gradient_checkpointing=True)
@@ -505,8 +493,7 @@ def test_step_does_not_depend_on_micro_batches(one_step, aggregate):
 
 
 def test_updates(one_step):
-    """Bug: old log-probs that follow the policy: the ratio is 1 in the first update of a rollout,
-    not in the second. Or weights in bfloat16, which do not move at a rate of 1e-6."""
+    """Bug: old log-probs follow the policy in a second update; weights in bfloat16 do not move."""
     run = one_step(updates_per_rollout=2, learning_rate=1e-2)
     half = len(run.grpo_loss) // 2
     for first, second in zip(run.grpo_loss[:half], run.grpo_loss[half:], strict=True):
@@ -641,8 +628,7 @@ def by_text(group, greedy):
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_data_are_data(tokenizer, evil):
-    """Bug: a fake block, delimiter, special token or braces in data; role tokens that a template
-    writes without the flag (DeepSeek's); a second BOS; only the last turn is judged."""
+    """Bug: a fake block, delimiter, special or role token or braces in data; a second BOS."""
     roles = [tokenizers.AddedToken(token, special=False) for token in ("<｜User｜>", "<think>")]
     tokenizer.add_tokens([*roles, tokenizers.AddedToken("<｜Assistant｜>", special=False)])
     template = TEMPLATE.replace("}{{ m", "}<｜User｜>{{ m")
@@ -662,20 +648,8 @@ def test_data_are_data(tokenizer, evil):
     assert re.search(whole, judge["content"])
 
 
-def test_thoughts_that_the_template_opens(tokenizer, monkeypatch):
-    """Bug: a completion that never ends thoughts which its prompt began is judged as an answer."""
-    tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.chat_template = TEMPLATE + "<think>"
-    sampled = [Completion(tokenizer(text).input_ids) for text in ("w1", "w1 </think>w2")]
-    monkeypatch.setattr(urpo, "sample", lambda *_: [sampled])
-    group = urpo.open_group(ROWS[2], tokenizer, None, urpo.Config())
-    urpo.rollout(urpo.Actor(None, tokenizer, [3]), [group], 2, 1.0, urpo.Config())
-    assert urpo.answered(group) == [1]
-
-
-def test_long_judge_prompts(tokenizer):
-    """Bug: truncation that cuts the instruction, the template or the end of every response; equal
-    looks with unequal truth; thoughts that are shown; a prompt that never fits."""
+def test_long_judge_prompts(tokenizer, monkeypatch):
+    """Bug: the instruction, template or ends cut; equal looks, unequal truth; thoughts shown."""
     config, rng = urpo.Config(judge_prompt_tokens=600), random.Random(0)
     texts = ["w8 </think>w1 " + "w1 " * 400 + "D", "C " + "w3 " * 300, "w5"]
     texts += ["w6 </think> ", "<think>w6"]
@@ -692,6 +666,15 @@ def test_long_judge_prompts(tokenizer):
     row = row_of("preference", "w1", responses=[*long, "w7"], scores=[1, 4, 2])
     group = urpo.preference_group(row, tokenizer, rng, config)
     assert sorted(group.truth) == [2, 2.5, 2.5] and group.truth[group.responses.index("w7")] == 2
+
+    # thoughts that the template begins, and one completion never ends
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = TEMPLATE + "<think>"
+    sampled = [Completion(tokenizer(text).input_ids) for text in ("w1", "w1 </think>w2")]
+    monkeypatch.setattr(urpo, "sample", lambda *_: [sampled])
+    group = urpo.open_group(ROWS[2], tokenizer, None, config)
+    urpo.rollout(urpo.Actor(None, tokenizer, [3]), [group], 2, 1.0, config)
+    assert urpo.answered(group) == [1]
 
 
 def test_shuffle_at_use(tokenizer):
@@ -744,8 +727,7 @@ def test_alarms():
 
 
 def test_metrics_of_judgements(judged):
-    """Bug: a judge that scores by length, ties or prefers a place is not seen; reward hacking is
-    invisible: what the referee gives and what open answers are worth are not on one scale."""
+    """Bug: a judge that scores by length, ties, prefers a place, or is hacked, is not seen."""
 
     def observed(group):
         sums, ranks = dict.fromkeys(urpo.SUMS, 0.0), urpo.Ranks(urpo.Config(device="cpu"))
@@ -784,8 +766,7 @@ JUDGES = [  # judge -> accuracy, its error over three prompts, tau, parse rate
 
 @pytest.mark.parametrize("judge,accuracy,error,tau,parsed", JUDGES)
 def test_evaluation(settings, tokenizer, monkeypatch, judge, accuracy, error, tau, parsed):
-    """Bug: lists in one order only, ties or nonsense counted as half right, greedy and sampled
-    mixed up, an error that takes values of one prompt as independent, answers asked in vain."""
+    """Bug: one order only, ties or nonsense half right, greedy for sampled, dependent values."""
     asked = set()
 
     def when_greedy(group, greedy):
@@ -820,21 +801,17 @@ def weights_of(folder):
     return weights(AutoModelForCausalLM.from_pretrained(folder))
 
 
-# fmt: off
-STEP_FIELDS = ["seconds", "rollout_s", "judge_s", "logprob_s", "update_s", "generated_tokens",
-               "trained_tokens", "judge_tokens", "peak_rss_mib", "loss", "grad_norm", "kl",
-               "clip_fraction", "entropy", "logprob_gap"]
-STEP_FIELDS += [f"{name}/{kind}" for kind in KINDS
-                for name in ("reward", "reward_std", "flat", "length", "truncated")]
-EVAL_FIELDS = ["verifiable_accuracy", "referee_accuracy", "referee_tau", "parse_rate"]
-EVAL_FIELDS = [f"eval/{name}{greedy}{error}" for name in EVAL_FIELDS
-               for greedy in ("", "_greedy") for error in ("", "_n", "_se")]
-# fmt: on
+STEP_FIELDS = """seconds rollout_s judge_s logprob_s update_s generated_tokens trained_tokens kl
+    loss judge_tokens peak_rss_mib grad_norm clip_fraction entropy logprob_gap""".split()
+for each in KINDS:
+    STEP_FIELDS += [f"{name}/{each}" for name in "reward reward_std flat length truncated".split()]
+EVAL_FIELDS = "verifiable_accuracy referee_accuracy referee_tau parse_rate".split()
+EVAL_FIELDS += [f"{name}_greedy" for name in EVAL_FIELDS]
+EVAL_FIELDS = [f"eval/{name}{error}" for name in EVAL_FIELDS for error in ("", "_n", "_se")]
 
 
 def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
-    """Bug: a step or a field is missing, a seed is not heeded, a resume overwrites or forgets
-    state, data or log, half of a checkpoint or line counts; kinds listed by hand."""
+    """Bug: missing steps or fields, a seed not heeded, a lossy resume, kinds listed by hand."""
     pay = paying(lambda g: [float(c.text in g.row["prompt"][0]["content"]) for c in g.completions])
     monkeypatch.setitem(KINDS, "copied", urpo.Kind(urpo.open_group, pay))
     monkeypatch.setattr(urpo, "parse_scores", fake_parse)
@@ -878,8 +855,7 @@ def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
 
 
 def test_what_is_loaded(settings, folder, monkeypatch, tmp_path):
-    """Bug: a reference that nobody needs; --referee FOLDER is ignored, trained, or judges all; the
-    chat template ends turns with another token than the EOS, or --stop_tokens has no effect."""
+    """Bug: a reference that nobody needs; --referee is ignored, trained, judges all; stops."""
     loaded, asked, load, sample = [], [], urpo.Ranks.load, urpo.sample
 
     def noted_load(ranks, name, config, trainable):
@@ -917,8 +893,8 @@ BAD_RUNS = [  # flags, rows, what the line must say
     ({"referee": "no/such"}, ROWS, "no/such"), ({"device": "cuda:99"}, ROWS, "--device cuda:99"),
     ({"shard_size": 2}, ROWS, "2 does not divide the 1 ranks"),
     ({"mix": "1:1"}, ROWS, "mix 1:1"), ({"mix": "0:0:0"}, ROWS, "mix"),
-    ({"mix": "inf:1:1"}, ROWS, "mix"), ({"mix": "1:-1:1"}, ROWS, "mix"),
-    ({"stop_tokens": "nosuch"}, ROWS, "nosuch"), ({}, [], "no rows"),
+    ({"mix": "1:-1:1"}, ROWS, "mix"), ({"stop_tokens": "nosuch"}, ROWS, "nosuch"),
+    ({}, [], "no rows"),
     ({}, ROWS[:2], "no rows of kind open"), ({}, [*ROWS[:2], ROWS[2] | LONG], ":3: prompt"),
     ({}, [row_of("verifiable", "w1 " * 4078, answer="1"), *ROWS[1:3]], ":1: prompt.*leaves 8184"),
     ({}, [ROWS[0], ROWS[1] | LONG, ROWS[2]], ":2: prompt"),
@@ -967,8 +943,7 @@ def refused(function, *arguments, **flags):
 
 @pytest.mark.parametrize("flags,rows,message", BAD_RUNS)
 def test_bad_runs(settings, tmp_path, monkeypatch, flags, rows, message):
-    """Bug: found out at step 50, by a traceback, or after minutes of loading: a prompt longer than
-    the context, a role that the chat template refuses, a file or a kind that is not there."""
+    """Bug: it is found out at step 50, by a traceback, or after minutes of loading."""
     save(tmp_path / "model", max_position_embeddings=8192)
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     (tmp_path / "model/chat_template.jinja").write_text(refusal + TEMPLATE)
@@ -984,8 +959,7 @@ def test_bad_runs(settings, tmp_path, monkeypatch, flags, rows, message):
 
 @pytest.mark.parametrize("change,dtype,message", MODELS)
 def test_refused_models(settings, tmp_path, change, dtype, message):
-    """Bug: a model that would be trained silently wrong (sliding windows, scaled logits, weights
-    that stay random, quantised ones taken as values), or that ends in a traceback."""
+    """Bug: a model that would be trained silently wrong, or that ends in a traceback."""
     folder, file = save(tmp_path / "model"), tmp_path / "model/config.json"
     config = json.loads(file.read_text()) | change
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
@@ -1005,30 +979,25 @@ def test_doctests():
 # ============================================================================ data_prep.py
 # fmt: off
 SAME = [  # answer, another spelling of it in a box
-    ("42", "42.0"), (r"\frac{1}{2}", "0.5"), (r"\frac{1}{2}", r"\dfrac12"), ("1250", "1,250"),
-    ("1000", "1{,}000"), ("10000", r"10,\!000"), ("1/3", "0.333333"), ("9/4", "2 1/4"),
-    (r"-\frac{3}{4}", r"\frac{-3}{4}"), (r"1\frac{1}{2}", r"\frac{3}{2}"), ("-3", "−3"),
-    ("0.00001", "10^{-5}"), ("300000", r"3\times10^5"), ("0.0015", "1.5e-3"), ("0.5", r"50\%"),
-    (r"10\%", "10"), (r"25\%", "25 percent"), ("x=5", "5"), ("5", "x = 5"), ("5", "2 + 3 = 5"),
-    ("96", r"48 \times 2 = 96"), ("(1,2)", "( 1, 2 )"), ("x^2+1", "x^{2}+1"), ("90", r"90^\circ"),
-    (r"5\text{ cm}", "5"), ("18", r"\$18"), ("18", r"18 \text{ dollars}"), ("6", "6 mph"),
-    (r"\text{(C)}", "C"), ("C", r"\textbf{(C)}"), (r"a\}b", r"a\}b")]
+    ("42", "42.0"), (r"\frac{1}{2}", r"\dfrac12"), ("1250", "1,250"), ("1000", "1{,}000"),
+    ("10000", r"10,\!000"), ("1/3", "0.333333"), (r"1\frac{1}{2}", r"\frac{3}{2}"), ("-3", "−3"),
+    ("0.00001", "10^{-5}"), ("300000", r"3\times10^5"), ("0.5", r"50\%"), (r"25\%", "25 percent"),
+    ("x=5", "5"), ("96", r"48 \times 2 = 96"), ("(1,2)", "( 1, 2 )"), ("x^2+1", "x^{2}+1"),
+    ("90", r"90^\circ"), (r"5\text{ cm}", "5"), ("18", r"18 \text{ dollars}"), ("6", "6 mph"),
+    ("C", r"\textbf{(C)}"), (r"a\}b", r"a\}b")]
 OTHER = [  # answer, what is not surely the same, or not worked out
-    ("42", "7"), ("18", "-18"), ("50", "0.5"), ("1/3", "0.33"), ("3.14159", "3.14160"),
-    ("10000", "10000.5"), ("12345", "12, 345"), ("12", "1 2"), ("18", "18,000"), ("2", "2 1/4"),
-    ("3", "x^2 = 3"), ("5", "x != 5"), ("5", "x=2, x=5"), ("x=2, y=3", "y=2, x=3"),
-    ("[1,2)", "[1,2]"), (r"\pi", "3.14"), ("A", "a"), ("6", "6xyz"), ("3 cm", "3 km"),
-    ("18", "36/2"), ("377", "348+29"), ("2", "2 thirds"), ("3", "3 millions"), ("5", "5 dozens"),
-    (r"A\rightarrow B", r"A\leftarrow B"), ("42", "٤٢"), ("2516_8", "2516")]
+    ("18", "-18"), ("50", "0.5"), ("1/3", "0.33"), ("12345", "12, 345"), ("12", "1 2"),
+    ("3", "x^2 = 3"), ("5", "x != 5"), ("5", "x=2, x=5"), ("x=2, y=3", "y=2, x=3"), ("A", "a"),
+    ("[1,2)", "[1,2]"), ("6", "6xyz"), ("3 cm", "3 km"), ("18", "36/2"), ("377", "348+29"),
+    ("2", "2 thirds"), ("3", "3 millions"), ("5", "5 dozens"), ("42", "٤٢"), ("2516_8", "2516"),
+    (r"A\rightarrow B", r"A\leftarrow B")]
 SAYS_24 = [
-    "#### 24 apples\nof 48", "#### The answer is 24", "#### $24", "#### Step 3: add\nso 24.",
-    "First 25, so 24.", r"First 7, then \boxed{24}", r"<think>\boxed{17}</think> so \boxed{24}",
-    "it costs $24.00!", r"\boxed{\text{24}}", r"\boxed{{24}}", "so $20 + 4 = 24$", r"so \(x = 24\)",
-    r"\fbox{24} of 50", r"so \boxed 24 of 50", "\\boxed{\n24\n} of 50"]
+    "#### 24 apples\nof 48", "#### The answer is 24", "#### Step 3: add\nso 24.",
+    r"<think>\boxed{17}</think> so \boxed{24}", "it costs $24.00!", r"\boxed{{24}}",
+    r"so \(x = 24\)", r"\fbox{24} of 50", r"so \boxed 24 of 50"]
 SAYS_NOT_24 = [
-    "", "First 24, no: 25", r"\boxed{24}. No: \boxed{}", "at 12:24", "24-year-old",
-    r"<think>it may be \boxed{24}", r"\boxed{24}</think> I mean 25", r"24, so \boxed{24",
-    r"so $x = 24\sqrt{3}$", r"it is \(\frac{5}{24}\).", r"it is \frac{5}{24}", "2^{24}"]
+    r"\boxed{24}. No: \boxed{}", "at 12:24", "24-year-old", r"<think>it may be \boxed{24}",
+    r"\boxed{24}</think> I mean 25", r"24, so \boxed{24", r"so $x = 24\sqrt{3}$", "2^{24}"]
 HOSTILE = [
     "^".join("9" * 40), "(" * 100_000, "1 " + "a b " * 70, "10^{99999999}", "1e99999999", r"\frac",
     r"\frac{1}{" * 50, r"\frac{1}{0}", "\ud800\0", "1" + " " * 290 + "x", "9" * 90 + "e99"]
@@ -1040,8 +1009,7 @@ FORMULAS = [  # completion, answer, verdict of math_verify
 
 
 def test_verify_answer():
-    """Bug: a right answer in another spelling earns nothing, a wrong or unfinished one is paid; the
-    first answer, a thought or an open box is graded; 9^9^9^9, deep nesting or 1/0 hangs the run."""
+    """Bug: another spelling earns nothing, a wrong or unfinished answer is paid, 9^9^9^9 hangs."""
     cases = [(rf"So \boxed{{{claim}}}.", answer, 1) for answer, claim in SAME]
     cases += [(rf"So \boxed{{{claim}}}.", answer, 0) for answer, claim in OTHER]
     cases += [(text, "24", 1) for text in SAYS_24] + [(text, "24", 0) for text in SAYS_NOT_24]
@@ -1093,14 +1061,12 @@ TREE = node("Q", None, node("A", 0, node(
     role="prompter")), role="prompter")
 GOLDS = [  # what a column holds, the answer that it means
     ("1,234.50", "1234.50"), ("#### $12", "12"), ("#### 3\nThe end.", "3"),
-    (r"is $\boxed 3$.", "3"), (r"is \fbox{3}", "3"), ("$7$", "7"), (["$180$"], "180"),
-    ('["0"]', "0"), (1e-05, "0.00001"), (142.0, "142"), ("Evelyn", "Evelyn"),
-    ("343 and 512", "343 and 512"),
+    (r"is $\boxed 3$.", "3"), (r"is \fbox{3}", "3"), (["$180$"], "180"), ('["0"]', "0"),
+    (1e-05, "0.00001"), (142.0, "142"), ("343 and 512", "343 and 512"),
     (r"\frac{a}{b}+\frac{c}{d}-\frac{e}{f}", r"\frac{a}{b}+\frac{c}{d}-\frac{e}{f}")]
 NO_GOLDS = [
-    "x #### ", r"\boxed{}", ["1", "-1"], '["1", "-1"]', '{"x": 1}', NAN, math.inf, True,
-    {"value": "3"}, "proof", "notfound", "None", "It is 1.", "The result: 5", "", "x" * 400,
-    "a word or two of a long explanation that goes on"]
+    r"\boxed{}", ["1", "-1"], '{"x": 1}', NAN, math.inf, True, "proof", "notfound", "None",
+    "It is 1.", "The result: 5", "x" * 400, "a word or two of a long explanation that goes on"]
 CONVERTED = [  # prompt, its answer or {response: score}, raw rows that mean this
     (ASKED, None, ["Q", dict(prompt="Q", key=1, kwargs=[{}]), dict(messages=json.dumps(ASKED)),
         dict(prompt="Q", messages=dialogue("Q", "A", "Q2", "A2")),
@@ -1137,11 +1103,11 @@ CONVERTED = [  # prompt, its answer or {response: score}, raw rows that mean thi
              answers=[dict(answer="bad", rank=2), dict(answer="good", rank=1)]),
         dict(prompt="Q", responses=["good", "bad"], scores=[1, 0])]),
     (ASKED, BETTER | {"poor": 0.0}, [dict(prompt="Q", chosen=["good"], rejected=["bad", "poor"])]),
-    (TALK, BETTER, [versus("Q", "A", "Q2"), dict(prompt="Q", **versus("Q", "A", "Q2")),
-        dict(chosen=HH[2:] + " good", rejected=HH[2:] + " bad"), dict(prompt=HH, **CHOSEN),
+    (TALK, BETTER, [dict(prompt="Q", **versus("Q", "A", "Q2")), dict(prompt=HH, **CHOSEN),
+        dict(chosen=HH[2:] + " good", rejected=HH[2:] + " bad"),
         dict(conversations=shared("Q", "A", "Q2"), chosen={"from": "gpt", "value": "good"},
              rejected={"from": "gpt", "value": "bad"})]),
-    (TOLD, BETTER, [dict(prompt=TOLD, **versus("Q")), dict(input="Q", system="S", **CHOSEN)]),
+    (TOLD, BETTER, [dict(input="Q", system="S", **CHOSEN)]),
     (turn("Q "), BETTER, [dict(prompt="Q", **versus("Q "))])]
 CONVERTED = [(raw, prompt, truth) for prompt, truth, raws in CONVERTED for raw in raws]
 UNREAD = """label output_1 better_response_id winner is_safe helpfulness gt target rewards ratings
@@ -1149,23 +1115,18 @@ UNREAD = """label output_1 better_response_id winner is_safe helpfulness gt targ
     responses choices options initial_reason_steps instances image context none"""
 REFUSED = [  # raw row, a column or word that the reason names
     *(({"prompt": "Q", column: "x"}, column) for column in UNREAD.split()),
-    (dict(prompt="Q", **CHOSEN, label=1), "label"), ([1], "list"), (CHOSEN, "chosen, rejected"),
-    (dict(prompt="Q", **CHOSEN, status="tie"), "status"), (dict(unheard=1), "unheard"),
+    (dict(prompt="Q", **CHOSEN, status="tie"), "status"), ([1], "list"),
+    (CHOSEN, "chosen, rejected"), (dict(question="Q", choices=["a", "b"], answer=1), "choices"),
     (dict(prompt="Q", **CHOSEN, score_chosen=1, score_rejected=9), "score_chosen"),
-    (dict(question="Q", choices=["a", "b"], answer=1), "choices"),
-    ({"question": "Q", "Correct Answer": "a", "Incorrect Answer 1": "b"}, "incorrect answer 1"),
-    (dict(problem="Q", answer=r"\text{(C)}"), "option"),
+    (dict(problem="Q", answer=r"\text{(C)}"), "option"), (dict(unheard=1), "unheard"),
     (dict(prompt="Q", extra_info=dict(answer="5")), "extra_info"),
     (dict(prompt="R", **versus("Q")), "different prompts"),
     (dict(chosen=dialogue("Q", "x"), rejected=dialogue("R", "y")), "last reply"),
     (dict(conversations=dialogue("Q", "A", "Q2", "A2"), **CHOSEN), "a chat of several turns"),
     (dict(messages=ASKED + turn(None, "assistant")), "message"),
-    (dict(messages=ASKED + turn("t", "tool")), "message"),
     (dict(prompt="<|im_start|>user\nhi"), "written out"),
     (dict(prompt="Q", reward_model=dict(style="model", ground_truth="x")), "style"),
     (dict(kind="verifiable", prompt="Q", answer="3", responses=["x"]), "responses"),
-    (dict(kind="verifiable", prompt="Q", answer=3), "answer"),
-    (dict(kind="open", prompt="a b", source="tiny"), "source"),
     (dict(message_tree_id="t", prompt=node("Q", None) | {"replies": 1}), "message_tree_id"),
     *((dict(problem="Q", answer=value), "answer") for value in NO_GOLDS)]
 DROPPED = [
@@ -1180,8 +1141,7 @@ BAD = [  # what --check lists
     dict(kind="open", prompt="a", source="tiny"), dict(kind="open", prompt=dialogue("a", "b")),
     dict(kind="verifiable", prompt="a", answer=" "),
     *(dict(kind="preference", prompt="a", responses=texts, scores=scores) for texts, scores in (
-        (["x"], [1]), (["x", "y"], [1]), (["x", "y"], [1, NAN]), (["x", "y"], [1, 1]),
-        (["x", " x"], [1, 2])))]
+        (["x"], [1]), (["x", "y"], [1, NAN]), (["x", "y"], [1, 1]), (["x", " x"], [1, 2])))]
 APPLES = "Anna has twelve apples and gives three of them to her two friends. How many are left?"
 HELD = [
     dict(question=APPLES, answer="x #### 6"), dict(question="Which planet is red?", choices=["a"]),
@@ -1317,8 +1277,7 @@ def test_bad_input_is_one_line(prepared, monkeypatch):
 
 
 def test_order_split_and_seed(prepared):
-    """Bug: chosen is always first (260 coins: outside once in 10^6), LIMIT takes the first, prompts
-    on both sides, too few held-out rows; another result a run; reading rows imports datasets."""
+    """Bug: chosen is always first, LIMIT takes the first, prompts on both sides, other bytes."""
     raw = [dict(prompt=f"Q{i % 500}", chosen=f"{i}", rejected="bad") for i in range(1000)]
     raw += [{"prompt": f"q{i}"} for i in range(500)]
     train, held = prepared(raw, "--heldout", 10, source="x.jsonl:400")
@@ -1436,32 +1395,18 @@ WIN_RATES = [  # preferences; win rate, its error, wins, losses, draws, n, discr
 
 @pytest.mark.parametrize("preferences, rate, error, wins, losses, draws, n, discrete", WIN_RATES)
 def test_eval_win_rate(preferences, rate, error, wins, losses, draws, n, discrete):
-    """Bug: draws, missing or invalid verdicts are counted as losses, or the error has ddof 0."""
+    """Bug: draws, missing or invalid verdicts are counted as losses, ddof 0, 50 rows of a prompt as 50."""
     rows = [{"instruction": str(i), "preference": p} for i, p in enumerate(preferences)]
     score, rounded, counts = evaluators.win_rates(rows)
     got = score.value, score.error, *counts.values(), rounded.value
     expected = rate, error, wins, losses, draws, n, len(preferences) - n, discrete
     assert got == pytest.approx(expected, abs=1e-9, nan_ok=True)
-
-
-def test_eval_errors():
-    """Bug: rows of one prompt count as independent, missing ones at all; a gain is not paired."""
-    rng = random.Random(1)
-    before, more = [[rng.random() / 2 for _ in range(30)] for _ in range(2)]
-    old = evaluators.percent([(str(i), x) for i, x in enumerate(before)])
-    new = evaluators.percent([(str(i), x + y) for i, (x, y) in enumerate(zip(before, more))])
-    gain, paired = 100 * torch.tensor(more).double(), evaluators.combined([new, old], [1, -1])
-    assert paired.value == pytest.approx(gain.mean().item())
-    assert paired.error == pytest.approx(gain.std().item() / 30**0.5)
-    one = evaluators.percent([("p", 0.3), ("q", 0.9), ("r", None)])
-    many = evaluators.percent([("p", 0.3), ("q", 0.9)] * 50)
-    assert many.error == pytest.approx(one.error) and "2 different prompts" in many.note
-    assert (one.value, one.n) == (60, 2)
+    more = evaluators.win_rates(rows * 50)[0]  # of the same prompts
+    assert more.error == pytest.approx(error, nan_ok=True)
 
 
 def test_eval_switch_parser_and_prompt():
-    """Bug: the order shown to the judge is not the official one, or its verdict is not turned; its
-    prompt is not the official one to the byte (the digest is that of alpaca_eval_clf.txt)."""
+    """Bug: order, verdict or prompt (digest of alpaca_eval_clf.txt) are not the official ones."""
     switched = [evaluators.is_switched(f"instruction {i}") for i in range(400)]
     assert switched[:5] == [False, True, True, False, True] and sum(switched) == 201
     logprobs, parse = {"m": math.log(0.2), "M": math.log(0.6)}, evaluators.preference_from_logprobs
@@ -1474,8 +1419,7 @@ def test_eval_switch_parser_and_prompt():
 
 
 def test_eval_length_controlled(monkeypatch):
-    """Bug: a wrong feature, weight or row, or a fit that stops early (at the end the slope is 0);
-    an error without the fit's own; difficulty by row, not by instruction."""
+    """Bug: a wrong feature, weight, row or fit; an error without the fit's; difficulty by row."""
     noise = torch.randn(180, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (x, d, z), n = noise[:60].T, noise[60:]
     y, lengths = torch.sigmoid(-0.8 * x + 0.5 * d + 0.3 + 0.3 * z), (300 * x).round()
@@ -1607,8 +1551,7 @@ def test_eval_problems(tmp_path, row, answer, said, right):
 
 @pytest.mark.parametrize("size, judge, expected", FAKES)
 def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected):
-    """Bug: one order only, failures counted as ties, verdicts not turned back, orders that depend
-    on the truth (a random judge gets 50 within four errors); the official file is misplaced."""
+    """Bug: one order only, failures as ties, verdicts not turned back, orders that know it."""
     shown, real = [], urpo.judge_group
 
     def judge_group(row, texts, order, *rest):
@@ -1656,8 +1599,7 @@ def reference(tmp_path):
 
 @pytest.mark.parametrize("judge", ["better", "first"])
 def test_eval_alpaca_judges(evaluate, reference, monkeypatch, folder, judge):
-    """Bug: outputs are not switched as officially, or not switched back; identical ones are asked
-    about; silence is a loss; of two tokens spelled alike the less likely one counts."""
+    """Bug: wrong switching, identical outputs asked about, silence a loss, the unlikelier token."""
     switched = [evaluators.is_switched(f"w{i}") for i in range(40)]
     shown, duel = [], evaluators.duel_prompt
     monkeypatch.setattr(evaluators, "duel_prompt", lambda *p: shown.append(p[1]) or duel(*p))
@@ -1706,9 +1648,8 @@ def test_eval_judge_later(evaluate, reference, folder, tokenizer, tmp_path):
     assert [lp for _, lp in record["top"]] == pytest.approx(values.tolist(), abs=1e-5)
 
 
-def test_eval_goes_on(evaluate, tmp_path):
-    """Bug: a command that was killed asks everything again, or mixes answers up; settings, seeds
-    and models share answers; a trial passes for the whole; samples of a prompt are all the same."""
+def test_eval_goes_on(evaluate, tokenizer, tmp_path):
+    """Bug: a kill loses answers or mixes them up; settings, seeds and models share answers."""
     rows = [{"problem": f"w{i % 7} w{i % 5} w9?", "answer": str(i)} for i in range(150)]
     sums, asked = write_rows(tmp_path / "sums.jsonl", rows), evaluate.asked
     flags = dict(problems=sums, max_new_tokens=5, samples="2@1")
@@ -1719,8 +1660,14 @@ def test_eval_goes_on(evaluate, tmp_path):
     assert stop.value.code == 130 and len(asked) == 2
     first, out = evaluate("reasoning", **flags)
     assert len(asked) == 5  # chunks of 32 prompts
-    records = json.loads((out / "samples.json").read_text())
+    records, said = json.loads((out / "samples.json").read_text()), []
     assert any(record["texts"][0] != record["texts"][1] for record in records)
+    for _, prompts, found in asked:
+        for ids, answers in zip(prompts, found):
+            said.append((ids, [answer["text"] for answer in answers]))
+    for record in records:
+        group = urpo.verifiable_group(record, tokenizer, None, urpo.Config())
+        assert (group.prompt_ids, record["texts"]) in said
     _, alone = evaluate("reasoning", name="n", **flags)
     assert json.loads((alone / "samples.json").read_text()) == records  # a kill changes nothing
     for changed in ({}, {"seed": 1}, {"samples": "2@.5"}, {"samples": "1"}, {"max_new_tokens": 6}):
@@ -1734,10 +1681,9 @@ def test_eval_goes_on(evaluate, tmp_path):
         evaluate("reasoning", **flags | dict(model=save(tmp_path / "other", seed=3)))
 
 
-def test_eval_samples_by_suite(evaluate, tmp_path, monkeypatch):
-    """Bug: one number of samples for all suites; pass@k by 1 - (1 - p)^k, which is biased, or
-    without an error; samples of one problem pooled as independent; every suite called `test`."""
-    outcomes = [[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+def test_eval_samples_by_suite(evaluate, folder, tmp_path, monkeypatch):
+    """Bug: one number of samples for all; biased pass@k; pooled samples; unpaired differences."""
+    outcomes = {"a": [[1, 0, 0, 0], [1, 1, 1, 0], [0] * 4], "b": [[1, 1, 0, 0], [1] * 4, [0] * 4]}
     rows = [{"problem": f"w{i}?", "answer": "7"} for i in range(3)]
     (tmp_path / "aime").mkdir()
     paths = [write_rows(tmp_path / "aime/test.jsonl", rows)]
@@ -1746,16 +1692,20 @@ def test_eval_samples_by_suite(evaluate, tmp_path, monkeypatch):
     def ask(self, what, model, prompts, limit, n, temperature):
         assert (what, n, temperature) in [("aime", 4, 0.6), ("gsm.v2", 1, 0.0)]
         said = []
-        for rights in outcomes[: len(prompts)]:
+        for rights in outcomes[self.name][: len(prompts)]:
             said.append([{"text": "\\boxed{7}" * r, "truncated": False} for r in rights[:n]])
         return said
 
     monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
-    scores = evaluate("reasoning", problems=paths, samples=["aime=4@.6", "1"])[0]["scores"]
-    found = {name: (score["value"], score["error"]) for name, score in scores.items()}
-    assert found["aime avg@4"] == pytest.approx((100 / 3, 22.0479), abs=1e-4)
-    assert found["aime pass@2"] == pytest.approx((50, 50 / 3**0.5))  # 1/2, 1, 0
-    assert found["composite"] == pytest.approx((200 / 3, 22.0479 / 2), abs=1e-4)  # of suites
+    flags = dict(model=[folder, save(tmp_path / "other")], name=["a", "b"])
+    evaluate("reasoning", problems=paths, samples=["aime=4@.6", "1"], **flags)
+    columns = json.loads((tmp_path / "evals/reasoning-a+b.json").read_text())
+    expected = {"a/aime avg@4": (100 / 3, 22.0479), "a/aime pass@2": (50, 50 / 3**0.5)}
+    expected |= {"a/composite": (200 / 3, 22.0479 / 2), "b - a/aime avg@4": (50 / 3, 25 / 3)}
+    for place, numbers in expected.items():  # in percent; b has 1/4, 1/4 and 0 more
+        column, name = place.split("/")
+        score = columns[column][f"reasoning: {name}"]
+        assert (score["value"], score["error"]) == pytest.approx(numbers, abs=1e-4)
 
 
 def test_eval_two_ranks(evaluate, folder, tmp_path):
@@ -1772,29 +1722,6 @@ def test_eval_two_ranks(evaluate, folder, tmp_path):
     one, two = [tmp_path / f"evals/{name}/reasoning/samples.json" for name in ("one", "two")]
     assert one.read_text() == two.read_text()
     assert len(os.listdir(two.parent.parent / "answers")) == 3
-
-
-def test_eval_compares(evaluate, folder, monkeypatch, tmp_path):
-    """Bug: of two models no difference, or the error of unpaired rows; answers mixed up."""
-
-    def answer(self, what, prompts, limit, n, temperature):
-        right = [self.name == "a" or sum(ids) % 2 for ids in prompts]
-        said = [f"\\boxed{{{ids.count(WORDS.index('w9')) * r}}}" for ids, r in zip(prompts, right)]
-        return [[{"text": text, "truncated": False}] for text in said]
-
-    monkeypatch.setattr(evaluators.Evaluation, "answer", answer)
-    rows = [{"problem": f"w{i + 10}" + " w9" * (i % 4), "answer": str(i % 4)} for i in range(12)]
-    rows[0]["answer"] = rows[1]["answer"] = "9"
-    flags = dict(problems=write_rows(tmp_path / "x.jsonl", rows), max_new_tokens=3)
-    evaluate("reasoning", model=[save(tmp_path / "other"), folder], name=["a", "b"], **flags)
-    columns = json.loads((tmp_path / "evals/reasoning-a+b.json").read_text())
-    paths = [tmp_path / f"evals/{name}/reasoning/samples.json" for name in "ab"]
-    old, new = [[x["correct"][0] for x in json.loads(path.read_text())] for path in paths]
-    gain = 100 * (torch.tensor(new) - torch.tensor(old))
-    assert list(columns) == ["a", "b", "b - a"] and old == [0, 0] + [1] * 10 and gain.std() > 0
-    expected = {"value": gain.mean().item(), "error": gain.std().item() / 12**0.5, "n": 12}
-    found = columns["b - a"]["reasoning: composite"]
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
 
 
 def test_eval_tiny_world(monkeypatch, tmp_path):
@@ -1846,8 +1773,7 @@ def test_eval_bad_input(evaluate, tmp_path, monkeypatch, command, flags, content
 
 
 def test_curves_of_seeds(tmp_path, capsys):
-    """Bug: seeds of one arm tabled as runs of their own; the spread of runs, not of their mean (or
-    ddof 0); training from one noisy step; no error over prompts, no n; a cut line stops it all."""
+    """Bug: seeds of one arm apart, ddof 0, one noisy step, no error or n; a cut line stops it."""
     runs, of_one_seed = [], {"eval/true_quality_se": 0.05, "eval/true_quality_n": 77}
     for name, last in (("a-s0", 0.6), ("a-s1", 0.8), ("a-s2", 1.0), ("b-s0", 0.25)):
         lines = [{"step": 0, "eval/true_quality": 0.5} | of_one_seed]
@@ -2029,8 +1955,7 @@ def job_steps(config):
 
 @pytest.mark.parametrize("aggregate", ["constant", "sequence", "token"])
 def test_one_two_and_four_ranks_agree(config, tmp_path, aggregate):
-    """A lost world factor, a mean of means, prompts that depend on the rank, a rank with nothing
-    to train, copies of a shard; whole weights that stay, a list of FSDP's that grows."""
+    """A lost world factor, a mean of means, a rank without work; whole weights or lists stay."""
     config = dataclasses.replace(config, aggregate=aggregate, kl_coef=0.0, max_grad_norm=1e9)
     if aggregate == "token":
         config.model = save(tmp_path / "model", scale=1.5, tied=True)
@@ -2079,8 +2004,7 @@ def test_ranks_skip_together(config, monkeypatch):
 
 # ------------------------------------------------------------------------ checkpoints, and the end
 def test_resume_on_another_number_of_ranks(config, data):
-    """State is lost or mixed up when shards change; on as many ranks not one bit may differ. A
-    checkpoint that was not finished is used. Metrics depend on the number of ranks."""
+    """State is lost when shards change, a bit differs on as many; half a checkpoint is used."""
     config = dataclasses.replace(config, eval_data=data, eval_every=2, eval_rows=3)
     on_ranks(2, job_train, config)
     first = Path(config.out)
@@ -2123,7 +2047,6 @@ def test_kill(settings, tmp_path, trials):
         for rank in rng.choice([ranks[:1], ranks[1:], ranks]):
             rank.kill()
         ended(ranks)  # the other one by itself
-        print(f"killed with {saved_steps(run)} saved of {list(run.glob('checkpoints/*'))}")
         on_ranks(2, job_train, again, False, threads=2)
         assert torch.equal(weights_of(run / "final"), expected)
         assert metrics_of(run) == metrics_of(first)
@@ -2205,16 +2128,14 @@ def test_loading_needs_one_shard(config, tmp_path):
         assert grown < 0.75 * size
 
 
+LOADED = [("Gemma", dict(tied=True, head_dim=16)), ("Qwen2", {})]
 ROPE = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
-GEMMA = dict(tied=True, head_dim=16)
+LOADED += [("Llama", dict(rope_parameters=ROPE))]
 
 
-@pytest.mark.parametrize(
-    "arch,options", [("Gemma", GEMMA), ("Llama", dict(rope_parameters=ROPE)), ("Qwen2", {})]
-)
+@pytest.mark.parametrize("arch,options", LOADED)
 def test_load_and_export(config, tmp_path, arch, options):
-    """What no file holds (rotary frequencies) is garbage, ties are lost, parts of a tensor, too; a
-    final folder only for us; a weight that is missing stays random, a quantised one is a number."""
+    """What no file holds is garbage, ties or parts are lost; missing or quantised weights pass."""
     config.referee, config.model = config.model, save(tmp_path / "model")
     model, ids = tiny(arch, scale=1.5, **options), torch.arange(5, 90)[None]
     (tmp_path / "model/model.safetensors").unlink()
