@@ -970,7 +970,7 @@ def test_refused_models(settings, tmp_path, change, dtype, message):
 def test_doctests():
     """Bug: worked examples that have rotted."""
     failed, tried = doctest.testmod(urpo)
-    assert tried >= 4 and not failed
+    assert tried >= 3 and not failed
 
 
 # ============================================================================ data_prep.py
