@@ -719,10 +719,10 @@ def evaluate(options: Namespace):
 
 # ================================================================================= Curves
 PANELS = {  # what a reader looks at first; these are tabled, too
+    "open: the referee's score, the truth": ["raw_score/open", "true_quality/open"],
     "held out: problems": ["eval/verifiable_accuracy", "eval/verifiable_accuracy_greedy"],
     "held out: referee's pairs": ["eval/referee_accuracy", "eval/referee_accuracy_greedy"],
     "held out: true quality, open": ["eval/true_quality", "eval/true_quality_greedy"],
-    "open: the referee's score, the truth": ["raw_score/open", "true_quality/open"],
     "open: does the reward order rightly?": ["reward_tau/open"],
     "reward": ["reward/verifiable", "reward/preference"],
     "length, tokens": ["length/open", "length/verifiable", "length/preference"],
