@@ -293,7 +293,7 @@ def test_draws_follow_the_policy():
 
 
 def test_dropout_and_mode(settings, tmp_path):
-    """Bug: dropout; another mode or the sampler's weights left; layers computed again in vain."""
+    """Bug: dropout; another mode or the sampler's weights stay; layers computed again in vain."""
     folder, work = save(tmp_path / "m", attention_dropout=0.3), []
     for again in (False, True):
         model = urpo.Ranks(settings()).load(folder, settings(gradient_checkpointing=again), True)
@@ -436,7 +436,7 @@ def by_length(group):
 
 
 def test_who_reaches_the_loss(one_step, monkeypatch):
-    """Bug: judgements in the loss, an old judge, advantages or baselines mixed up, new ids."""
+    """Bug: judgements in the loss, an old judge, advantages mixed up, texts encoded again."""
     run = one_step(ROWS[:3] * 2)
     model, (players, judge) = run.policy.model, run.sample
     assert players.args[0] is judge.args[0] is model
@@ -766,7 +766,7 @@ JUDGES = [  # judge -> accuracy, its error over three prompts, tau, parse rate
 
 @pytest.mark.parametrize("judge,accuracy,error,tau,parsed", JUDGES)
 def test_evaluation(settings, tokenizer, monkeypatch, judge, accuracy, error, tau, parsed):
-    """Bug: one order only, ties or nonsense half right, greedy for sampled, dependent values."""
+    """Bug: one order only, ties or nonsense half right, greedy for sampled, rows of one prompt."""
     asked = set()
 
     def when_greedy(group, greedy):
@@ -856,7 +856,7 @@ def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
 
 
 def test_what_is_loaded(settings, folder, monkeypatch, tmp_path):
-    """Bug: a reference that nobody needs; --referee is ignored, trained, judges all; stops."""
+    """Bug: a needless reference; --referee ignored, trained, judging preferences; stop tokens."""
     loaded, asked, load, sample = [], [], urpo.Ranks.load, urpo.sample
 
     def noted_load(ranks, name, config, trainable):
