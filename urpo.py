@@ -6,8 +6,8 @@
     python urpo.py --model FOLDER --data FILE.jsonl  any causal LM with full attention, any rows
 Without --preset and --model the hardware decides; --help explains each setting.
 
-Sections 1 to 6 are the algorithm and carry the numbers of README's steps; `urpo_step`, at the end
-of 6, is all of it: read it first. The paper's full text was not at hand: the judge prompt, tau-a,
+Sections 1 to 6 are the algorithm, numbered as in README, to read from the top; `urpo_step` at their
+end is all of it. The paper's full text was not at hand: the judge prompt, tau-a,
 -1.5 for what does not parse, open rewards from ranks in short sub-lists, a greedy referee and every
 coefficient in Config are our choices."""
 import fcntl
@@ -60,7 +60,7 @@ def setting(default, help):
 
 @dataclass
 class Config:
-    """Every setting with its unit and its reason. The paper's were not at hand: these are ours."""
+    """Every setting with its unit. The paper's were not at hand: these are ours."""
     # what is trained on what
     preset: str = setting("", "tiny, small, 7b: values for what you leave out; else by hardware")
     model: str = setting("", "policy to start from: a Hugging Face folder or Hub name")
@@ -69,7 +69,7 @@ class Config:
     referee: str = setting("self", "judge of open groups: self (URPO), or a frozen model's folder")
     out: str = setting("", "folder of this run; empty: runs/PRESET-TIME")
     resume: bool = setting(False, "go on from the newest checkpoint in --out, or start there")
-    seed: int = setting(0, "everything random is a function of (seed, step, rank)")
+    seed: int = setting(0, "all random numbers are functions of it, the step and row or rank")
     device: str = setting("", "cpu, cuda or cuda:N; empty: cuda where there is one")
     # batch, sampling
     steps: int = setting(200, "optimizer steps, each on fresh rollouts")
@@ -129,7 +129,7 @@ class Completion:
     text: str = ""
     reward: float = math.nan  # NaN: no signal
     advantage: float = 0.0
-    in_loss: bool = False
+    in_loss: bool = False  # has a signal (and, with --mask_truncated, an end)
     ref_logprobs: Tensor | None = None  # [len], of the frozen reference
     old_logprobs: Tensor | None = None  # [len], of the policy before its first update on them
 
@@ -161,7 +161,7 @@ def delimiters(tokenizer) -> re.Pattern:
     for token in tokenizer.added_tokens_decoder.values():
         if token.special or (token.content.strip() and token.content in template):
             found.append(re.escape(token.content))
-    return re.compile("|".join(sorted(found, key=len, reverse=True)) or "(?!)")
+    return re.compile("|".join(sorted(found, key=len, reverse=True)) or "(?!)")  # (?!): nothing
 
 def encode(tokenizer, messages: list[dict]) -> list[int]:
     """Chat messages -> prompt ids [P]. Only the template writes delimiters; data's are broken."""
@@ -173,9 +173,9 @@ def encode(tokenizer, messages: list[dict]) -> list[int]:
 
 def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> list[dict]:
     """The one judge prompt of training, self-scoring and evaluation, as chat messages. Labels
-    A, B, ... in the given order. Responses are data: `nonce` (random, new for every prompt) marks
-    the true delimiters, and what spells one, a score block or the like of a special token is broken
-    apart; all else stays byte for byte."""
+    A, B, ... in the given order, thoughts left out. Responses are data: `nonce` (random, new for
+    every prompt) marks the true parts; what reads as the nonce, a score tag or a special token is
+    broken apart, all else stays byte for byte."""
     forged = re.compile(rf"<\s*/?\s*scores\s*>|<\|[^|<>\s]+\|>|{re.escape(nonce)}", re.IGNORECASE)
     turns = [(m["role"].capitalize(), break_apart(m["content"], forged)) for m in messages]
     instruction = turns[0][1]
@@ -234,7 +234,7 @@ def judge_group(row, texts: list[str], shown: list[int], tokenizer, rng, config)
     while len(ids := encode(tokenizer, judge_messages(row["prompt"], responses, nonce))) > budget:
         if keep <= SHORTEST:
             raise ValueError(f"its judge prompt has {len(ids)} tokens, the budget is {budget}")
-        keep = max(SHORTEST, keep * 3 // 4)
+        keep = max(SHORTEST, keep * 3 // 4)  # few rounds, little lost
         for i, text in enumerate(responses):
             if len(text) > keep:
                 responses[i] = f"{text[: keep // 2]} [... cut ...] {text[-keep // 2 :]}"
@@ -270,7 +270,7 @@ def rollout(actor: Actor, groups: list[Group], n: int, temperature: float, confi
     samples = sample(actor.model, prompts, n, limits, temperature, actor.stop_ids,
                      config.rollout_tokens, progress)
     for group, completions in zip(groups, samples):
-        # some chat templates open the thoughts: a completion that never ends them is no answer
+        # some templates open the thoughts (within four tokens): if they never end, it is no answer
         thinking = actor.text(group.prompt_ids[-4:]).rstrip().endswith("<think>")
         group.completions = completions
         for completion in completions:
@@ -305,13 +305,13 @@ def generate(model, prompts, n, limits, temperature, stop_ids) -> list[list[Comp
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     ends = width + torch.tensor(limits, device=device).repeat_interleave(n)  # a limit for each row
 
-    # What a call leaves unset comes from the model's own settings (Qwen2.5: top_k 20): it gets none
+    # generate fills what a call leaves unset from the model's settings (Qwen2.5: top_k 20): empty
     sampler, cache = Sampler(temperature), prompt_cache(model, prompts, n, max(limits))
     kept, model.generation_config = model.generation_config, GenerationConfig()
     with blocked_weights(model, len(ends)):  # these and prompt_cache: section 10, Speed
         out = model.generate(
             ids, attention_mask=mask.repeat_interleave(n, 0), past_key_values=cache,
-            do_sample=False, logits_processor=[sampler], max_new_tokens=max(limits),
+            do_sample=False, logits_processor=[sampler], max_new_tokens=max(limits),  # it draws
             stopping_criteria=[lambda ids, scores: ids.shape[1] >= ends], eos_token_id=stop_ids,
             pad_token_id=stop_ids[0], synced_gpus=False)  # ranks sample on their own (section 8)
     model.generation_config = kept
@@ -347,7 +347,7 @@ class Sampler:
         return logprobs.fill_(-math.inf).scatter_(1, token, 0.0)
 
 # ================================================================================ 3 Reward
-UNPARSABLE = -1.5  # below the worst ranking (-1): wrong and unparsable ones still teach the form
+UNPARSABLE = -1.5  # below the worst ranking, -1: among wrong judgements, too, the form pays
 
 def ranking_reward(scores: list[float] | None, truth: list[float]) -> float:
     """(concordant - discordant) / pairs that the truth orders, in [-1, 1]: tau-a over those pairs,
@@ -368,7 +368,7 @@ def ranking_reward(scores: list[float] | None, truth: list[float]) -> float:
                 agreement += (scores[i] > scores[j]) - (scores[i] < scores[j])
     return agreement / pairs if pairs else 0.0
 
-# What pays in KINDS: (groups of one kind, referee, config, rng) -> each completion has its reward
+# One for each kind of task (KINDS): it writes `reward` into all completions (NaN: no signal)
 def reward_answers(groups: list[Group], referee: Actor, config, rng):
     for group in groups:
         for completion in group.completions:
@@ -395,12 +395,12 @@ def reward_by_referee(groups: list[Group], referee: Actor, config, rng):
             completion.reward = reward
 
 def answered(group: Group) -> list[int]:
-    """Which completions are not empty: an empty one ranks last without being asked about."""
+    """Which completions are not empty: an empty one gets -1 without being asked about."""
     texts = [without_thoughts(completion.text) for completion in group.completions]
     return [i for i, text in enumerate(texts) if text.strip()]
 
 def sub_lists(members: list[int], size: int, rounds: int, rng: random.Random) -> list[list[int]]:
-    """Random lists of about `size`, never of one. A round shows each member once."""
+    """Random lists of at most `size` (or 3, not 2 + 1), never of one; a round shows all once."""
     count, lists = min(math.ceil(len(members) / size), len(members) // 2), []
     for _ in range(rounds):
         mixed = rng.sample(members, len(members))
@@ -503,8 +503,8 @@ class Row:
         return len(self.prompt) + sum(len(c.ids) for c in self.completions)
 
 def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> list[list[Row]]:
-    """(prompt, completions) -> micro-batches of rows. Completions of a long prompt share a row, up
-    to twice its length; behind a short prompt each stands alone, and needs no mask."""
+    """(prompt, completions) -> micro-batches of rows. Completions share a row, up to twice the
+    prompt's length (masked, each meets the whole row); behind a short prompt each stands alone."""
     rows = []
     for prompt, completions in groups:
         longest = max(1, *(len(c.ids) for c in completions))
@@ -536,7 +536,7 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
             segments[r, start:end] = k
             positions[r, start:end] -= start - prompt_end  # they go on from the prompt's
             # the prompt's last token predicts the first one, every token the one behind it
-            predictors = [prompt_end - 1, *range(start, end - 1)][: end - start]
+            predictors = [prompt_end - 1, *range(start, end - 1)][: end - start]  # none: empty
             sources += [r * length + place for place in predictors]
             targets += completion.ids
             start = end
@@ -550,7 +550,7 @@ def packed_inputs(rows: list[Row], device) -> tuple[Tensor, Tensor, Tensor | Non
 
 def token_logprobs(model, ids, positions, mask, sources, targets, prompt_length, temperature):
     """Log-probs [tokens] of `targets`. Only completion positions meet the lm_head, in chunks which
-    backward computes again: [tokens, V] never exists. The first `prompt_length` need no mask."""
+    backward computes again: [tokens, V] never exists. `prompt_length`: a hint to section 10."""
     out = model.base_model(ids, position_ids=positions, attention_mask=mask, use_cache=False,
                            prompt_length=prompt_length)
     # index_select, not [sources]: its backward adds in one order on any number of threads
@@ -567,7 +567,7 @@ def row_logprobs(model, rows: list[Row], temperature: float) -> list[Tensor]:
     """One forward -> float32 log-probs [len] of each completion, in the order of the rows."""
     inputs = packed_inputs(rows, model.device)
     shortest = min(len(row.prompt) for row in rows)
-    forward = getattr(model, "token_logprobs", functools.partial(token_logprobs, model))
+    forward = getattr(model, "token_logprobs", functools.partial(token_logprobs, model))  # FSDP's
     flat = forward(*inputs, shortest, temperature)
     return list(flat.split([len(completion.ids) for completion in completions_of(rows)]))
 
@@ -607,7 +607,7 @@ def batch_loss(model, batch: list[Row], denominator: float, config) -> tuple[Ten
                               clip_high=config.clip_high, kl_coef=config.kl_coef,
                               aggregate=config.aggregate, denominator=denominator)
     sampled = padded([c.sampled_logprobs for c in completions]).to(mask.device)
-    gap = (logprobs.detach() - sampled).abs() * mask
+    gap = (old - sampled).abs() * mask  # the same weights sampled
     return loss, metrics | {"loss": loss.item(), "logprob_gap": gap.sum().item()}
 
 def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[dict], step: int,
@@ -645,8 +645,7 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
             completion.in_loss = math.isfinite(completion.reward) and not masked
     counted = [c for group in groups for c in group.completions if c.in_loss]
     total = ranks.sum({"sequence": len(counted), "token": sum(len(c.ids) for c in counted)})
-    longest = max(config.max_new_tokens, config.judge_max_new_tokens)
-    denominator = (total | {"constant": total["sequence"] * longest})[config.aggregate]
+    total["constant"] = total["sequence"] * max(config.max_new_tokens, config.judge_max_new_tokens)
 
     # 5 Log-probs of reference and old policy. Without KL a zero advantage has zero gradient: such
     # completions are in the denominator, but need no forward (nor are they in kl, entropy, ...)
@@ -667,7 +666,7 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
     with ranks.timed(sums, "update_s"):
         for _ in range(config.updates_per_rollout if batches else 0):
             for batch in batches:
-                loss, metrics = batch_loss(policy.model, batch, denominator, config)
+                loss, metrics = batch_loss(policy.model, batch, total[config.aggregate], config)
                 ranks.backward(policy.model, loss, last=batch is batches[-1])  # summed over ranks
                 for name, value in metrics.items():
                     sums[name] += value / config.updates_per_rollout
@@ -675,7 +674,7 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
             sums["grad_norm"] += norm / config.updates_per_rollout
             if all(ranks.gather(math.isfinite(norm) and math.isfinite(sums["loss"]))):
                 optimizer.step()
-            else:  # on any rank: all skip together
+            else:  # not finite on one rank: all skip together
                 sums["skipped"] += 1
             optimizer.zero_grad(set_to_none=True)
     return groups, sums
@@ -1140,7 +1139,8 @@ def train(config: Config) -> Path:
 
     # ---- rows first: a bad one is named before any model is loaded
     tokenizer, context = load_tokenizer(config.model)
-    most = context - config.judge_max_new_tokens
+    judge = config.model if config.referee == "self" else config.referee
+    most = min(context, load_tokenizer(judge)[1]) - config.judge_max_new_tokens
     config.judge_prompt_tokens = min(config.judge_prompt_tokens, most)
     by_kind, counts, held_out = prepare_rows(config, tokenizer, context, ranks)
     name = time.strftime(f"runs/{config.preset or 'run'}-%Y%m%d-%H%M%S")
@@ -1162,7 +1162,7 @@ def train(config: Config) -> Path:
         referee = load_actor(config.referee, config, ranks, trainable=False)
     reference = ranks.load(config.model, config, trainable=False) if config.kl_coef else None
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0, fused=True)
-    start = resume(folder / "checkpoints", policy.model, optimizer, ranks)
+    start = resume(folder / "checkpoints", policy.model, optimizer, ranks) if config.resume else 0
     log = Log(folder, config, start, ranks.main)
     log.say(f"{folder}: {len(held_out)} rows held out; from step {start}")
 
