@@ -778,7 +778,7 @@ def curves(options: Namespace):
     import matplotlib
     matplotlib.use("Agg")  # to a file, also where there is no screen
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 5, figsize=(20, 8))
+    figure, axes = pyplot.subplots(2, 5, figsize=(20, 8), layout="constrained")
     for axis, (title, metrics) in zip(axes.flat, PANELS.items()):
         axis.set(title=title, xlabel="step")
         for colour, seeds in enumerate(arms.values()):
@@ -791,8 +791,8 @@ def curves(options: Namespace):
         keys = [pyplot.Line2D([], [], color="black", linestyle=s) for s in STYLES[: len(metrics)]]
         axis.legend(keys, [metric.removeprefix("eval/") for metric in metrics], fontsize=7)
     keys = [pyplot.Line2D([], [], color=f"C{colour}") for colour in range(len(arms))]
-    figure.legend(keys, [f"{arm} (n {len(seeds)})" for arm, seeds in arms.items()], loc="center")
-    figure.tight_layout(h_pad=4)
+    figure.legend(keys, [f"{arm} (n {len(seeds)})" for arm, seeds in arms.items()],
+                  loc="outside upper center", ncols=9)
     if Path(out).suffix[1:] not in figure.canvas.get_supported_filetypes():
         raise BadInput(f"--out {out}: not a kind of picture that matplotlib writes")
     figure.savefig(out, dpi=75)
