@@ -112,7 +112,7 @@ PRESETS = {
     # two cores, four minutes. A mean over tokens: else short hasty answers win over careful ones
     "tiny": dict(model=str(Path(__file__).resolve().parent / "assets/tiny"),
                  data="data/tiny/train.jsonl", eval_data="data/tiny/heldout.jsonl",
-                 steps=100, mix="16:8:16", learning_rate=4e-4, aggregate="token", max_new_tokens=16,
+                 steps=100, mix="28:8:16", learning_rate=4e-4, aggregate="token", max_new_tokens=16,
                  judge_max_new_tokens=64, list_size=3, eval_every=25, eval_rows=200),
     "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB),  # one GPU of 24 GB
     # eight GPUs of 80 GB; a base model stops at <|endoftext|>, its template ends turns otherwise
