@@ -7,9 +7,9 @@
 Without --preset and --model the hardware decides; --help explains each setting.
 
 Sections 1 to 6 are the algorithm, numbered as in README, to read from the top; `urpo_step` at their
-end is all of it. The paper's full text was not at hand: the judge prompt, tau-a,
--1.5 for what does not parse, open rewards from ranks in short sub-lists, a greedy referee and every
-coefficient in Config are our choices."""
+end is all of it. The paper's full text was not at hand, so these are our choices: the judge prompt,
+tau-a, -1.5 for what does not parse, open rewards from ranks in short sub-lists, a greedy referee,
+every coefficient in Config."""
 import fcntl
 import functools
 import itertools

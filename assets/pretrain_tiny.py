@@ -1,7 +1,7 @@
 """How the model in assets/tiny was made: python data_prep.py --pretrain_tiny FOLDER
 
 The tiny world itself is in data_prep.py. Here are the people whose work the model was pretrained
-on, its tokenizer, and 1,600 steps of pretraining: about five minutes on one core.
+on, its tokenizer, and 1,600 steps of pretraining: about four minutes on one core.
 """
 
 import random
