@@ -1348,7 +1348,7 @@ def test_tiny_world(tmp_path, monkeypatch):
     draw, rng = data_prep.tiny_problem, random.Random(0)
     again = lambda _, count: draw(random.Random(rng.randrange(400)), count)  # noqa: E731
     monkeypatch.setattr(data_prep, "tiny_problem", again)  # many problems come twice
-    data_prep.main(["--tiny", str(tmp_path)])
+    data_prep.make_tiny(tmp_path)
     train, held = (data_prep.load_rows(f"{tmp_path}/{side}.jsonl") for side in few)
     assert len(train) == 900 and not set(map(words_of, train)) & set(map(words_of, held))
     for row in train + held:
@@ -1361,6 +1361,14 @@ def test_tiny_world(tmp_path, monkeypatch):
             assert not set(words) & set(data_prep.FAMOUS)
     assert len({words_of(row) for row in held if row["kind"] == "open"}) > 50
     assert {word for row in train for word in words_of(row).split()} >= set(data_prep.FAMOUS)
+
+    # a run that starts meanwhile sees no half file, and held-out rows before training rows
+    write = Path.write_text
+    some = lambda path, text: write(path, text[:99]) / ("train" not in path.name)  # noqa: E731
+    monkeypatch.setattr(Path, "write_text", some)
+    with pytest.raises(ZeroDivisionError):
+        data_prep.make_tiny(tmp_path / "cut")
+    assert [path.name for path in (tmp_path / "cut").glob("*.jsonl")] == ["heldout.jsonl"]
 
     scores = data_prep.trivial_scores(held)
     assert scores["verifiable_accuracy"] == pytest.approx(1 / 6)
