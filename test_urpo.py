@@ -714,8 +714,8 @@ def test_open_rewards(judged):
 
 def test_alarms(settings, tmp_path, capsys):
     """Bug: judge collapse goes unseen, an alarm always rings, or at every step."""
-    sick = {"parse_rate/preference": 0.2, "flat/open": 1, "truncated/verifiable": 0.9}
-    sick |= {"logprob_gap": 0.5, "skipped": 1}
+    sick = {"parse_rate/preference": 0.2, "parse_rate/open": 0.2, "flat/open": 1}
+    sick |= {"truncated/verifiable": 0.9, "logprob_gap": 0.5, "skipped": 1}
     assert set(sick) == {name for name, *_ in urpo.ALARMS}
     for metric, bad in [("none", 0), *sick.items()]:
         log = urpo.Log(tmp_path, settings(), 0, True)

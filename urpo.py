@@ -757,9 +757,9 @@ def mean_and_error(values: list[tuple[float, str]]) -> tuple[float, float]:
     count, squares = len(residuals), sum(residual**2 for residual in residuals.values())
     return mean, math.sqrt(squares * count / (count - 1)) / len(values) if count > 1 else math.nan
 
-# (metric, lowest and highest healthy value, what is wrong and what helps)
-ALARMS = [
+ALARMS = [  # metric, lowest and highest healthy value, what is wrong and what helps
     ("parse_rate/preference", 0.5, 1, "judgements do not parse: data_prep.py --warm_up"),
+    ("parse_rate/open", 0.5, 1, "answers break the referee's form, and it costs them nothing"),
     ("flat/open", 0, 0.8, "the referee gives a whole group one score: more preference rows"),
     ("truncated/verifiable", 0, 0.5, "half of the answers are cut: raise --max_new_tokens"),
     ("logprob_gap", 0, 0.1, "sampler and trainer disagree: with a cache the model is another one"),
