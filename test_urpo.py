@@ -721,6 +721,7 @@ def test_alarms(settings, tmp_path, capsys):
         log = urpo.Log(tmp_path, settings(), 0, True)
         for step in (2, 3):
             healthy = dict.fromkeys(sick, 0) | {"parse_rate/preference": 0.9, "flat/open": 0.1}
+            healthy["parse_rate/open"] = 0.9
             log.metrics({"step": step, "loss": 0.0} | healthy | {metric: bad})
         assert capsys.readouterr().out.count("!") == (metric in sick)
 
