@@ -127,6 +127,10 @@ def data(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
 
 
+def mix(*counts):
+    return ",".join(f"{kind}={count}" for kind, count in zip(KINDS, counts))
+
+
 def words(flags):
     """Flags as a command line says them."""
     found = []
@@ -141,7 +145,7 @@ def settings(folder, data, tmp_path):
 
     def make(**flags):
         short = dict(model=folder, data=data, out=tmp_path / "run", device="cpu", steps=4)
-        short |= dict(mix="1:1:1", group_size=4, max_new_tokens=8, judge_max_new_tokens=12)
+        short |= dict(mix=mix(1, 1, 1), group_size=4, max_new_tokens=8, judge_max_new_tokens=12)
         short |= dict(learning_rate=1e-3, lr_warmup=0, eval_every=0, save_every=0)
         return urpo.parse(words(short | flags))
 
@@ -153,8 +157,11 @@ def weights(model):
 
 
 def fake_parse(text, n):
-    """A judge that always answers, so that tiny models give signals of every kind."""
     return [1.0 + (len(text) * 7 + i * 3 + sum(map(ord, text[:3]))) % 10 for i in range(n)]
+
+
+# A judge that always answers, so that tiny models give signals of every kind.
+FAKE_JUDGE = dataclasses.replace(urpo.JUDGE, parse=fake_parse)
 
 
 def paying(rewards):
@@ -172,7 +179,7 @@ def paying(rewards):
 def one_step(settings, monkeypatch):
     """-> run(rows, ...): one urpo_step, and the calls of three functions on its way."""
 
-    def run(rows=ROWS[:3], rewards=None, parse=fake_parse, step=1, rank=0, sgd=False, **flags):
+    def run(rows=ROWS[:3], rewards=None, step=1, rank=0, sgd=False, **flags):
         run = SimpleNamespace(config=settings(**flags), sample=[], row_logprobs=[], grpo_loss=[])
         run.ranks, name, reference = urpo.Ranks(run.config), run.config.model, None
         run.ranks.rank = rank
@@ -193,7 +200,7 @@ def one_step(settings, monkeypatch):
             for name in ("sample", "row_logprobs", "grpo_loss"):
                 noted = functools.partial(spy, getattr(run, name), getattr(urpo, name))
                 patch.setattr(urpo, name, noted)
-            patch.setattr(urpo, "parse_scores", parse)
+            patch.setattr(urpo, "JUDGE", FAKE_JUDGE)
             for name, kind in list(KINDS.items()) if rewards else []:
                 patch.setitem(KINDS, name, dataclasses.replace(kind, pay=paying(rewards)))
             actors = policy, policy, reference, optimizer
@@ -273,7 +280,7 @@ def test_scores_and_softmax_are_float32(offset):
     head, places = torch.nn.Linear(64, 5000, dtype=torch.bfloat16), torch.arange(8)
     out = SimpleNamespace(last_hidden_state=torch.randn(1, 8, 64).bfloat16() * 4)
     model = SimpleNamespace(base_model=lambda *_, **__: out, get_output_embeddings=lambda: head)
-    got = urpo.token_logprobs(model, None, None, None, places, places, 1, 0.7)
+    got = urpo.token_logprobs(model, None, None, None, places, places, 0.7)
     exact = (head(out.last_hidden_state[0]).double() / 0.7).log_softmax(-1).diagonal()
     assert got.dtype == torch.float32 and (got - exact).abs().max() < 1e-5
 
@@ -456,7 +463,7 @@ def test_who_reaches_the_loss(one_step, monkeypatch):
         assert [c.advantage for c in group.completions] == pytest.approx(expected.tolist())
     assert sum(any(c.advantage for c in group.completions) for group in run.groups) >= 3
     said = [question.completions[0] for group in run.groups for question in group.judged]
-    metrics = urpo.step_metrics(run.groups, run.sums, run.ranks)
+    metrics = urpo.step_metrics(run.groups, run.sums, run.config, run.ranks)
     assert metrics["trained_tokens"] == sum(len(c.ids) for c in run.completions)
     assert metrics["judge_tokens"] == sum(len(c.ids) for c in said) and len(said) == 4
 
@@ -524,7 +531,7 @@ def test_who_counts(one_step, kl_coef):
         [expected] = urpo.group_advantages(torch.tensor([by_length(group)]))
         assert [c.advantage for c in group.completions] == pytest.approx(expected.tolist())
     lengths = sum(len(c.ids) for c in run.groups[2].completions) / 12
-    assert urpo.step_metrics(run.groups, run.sums, run.ranks)["length/open"] == lengths
+    assert urpo.step_metrics(run.groups, run.sums, run.config, run.ranks)["length/open"] == lengths
 
 
 def test_seeds_of_steps_and_ranks(one_step):
@@ -582,9 +589,17 @@ def test_ranking_reward(scores, truth, expected):
     """Bug: ties rewarded as right, 0/0, pairs that the truth does not order; silence that pays."""
     assert urpo.ranking_reward(scores, truth) == pytest.approx(expected)
     lines = [f"{label}: {score}" for label, score in zip("ABCD", scores or [])]
-    group = Group(ROWS[1], [], 1, truth, completions=[Completion([1], text=block(*lines))])
-    urpo.reward_judgements([group], None, urpo.Config(), None)
+    group = judging(truth, block(*lines))
+    urpo.pay_judgements([group], None, urpo.Config(), None)
     assert group.completions[0].reward == pytest.approx(expected)
+
+
+def judging(truth, *judgements, responses=RESPONSES):
+    """A preference group with these judgements."""
+    shown = list(range(len(truth)))
+    judge = urpo.JudgePrompt([], 1, shown, [responses[i] for i in shown])
+    completions = [Completion([1], truncated=text == "?", text=text) for text in judgements]
+    return Group(ROWS[1], [], 9, truth, judge, completions)
 
 
 def fake_rollout(judge):
@@ -606,7 +621,7 @@ def judged(monkeypatch, tokenizer):
     def rewards_of(groups, judge, **flags):
         monkeypatch.setattr(urpo, "rollout", fake_rollout(judge))
         referee, config = urpo.Actor(None, tokenizer, []), urpo.Config(**flags)
-        urpo.reward_by_referee(groups, referee, config, random.Random(0))
+        urpo.pay_by_referee(groups, referee, config, random.Random(0))
         return [[c.reward for c in group.completions] for group in groups]
 
     return rewards_of
@@ -649,19 +664,19 @@ def test_long_judge_prompts(tokenizer, monkeypatch):
     config, rng = urpo.Config(judge_prompt_tokens=600), random.Random(0)
     texts = ["w8 </think>w1 " + "w1 " * 400 + "D", "C " + "w3 " * 300, "w5"]
     texts += ["w6 </think> ", "<think>w6"]
-    group = urpo.judge_group(ROWS[1], texts, [2, 0, 1], tokenizer, random.Random(0), config)
+    group = urpo.judge_prompt(ROWS[1], texts, [2, 0, 1], tokenizer, random.Random(0), config)
     text = tokenizer.decode(group.prompt_ids)
-    short = urpo.judge_group(ROWS[1], ["w3"], [0, 0, 0], tokenizer, random.Random(0), config)
+    short = urpo.judge_prompt(ROWS[1], ["w3"], [0, 0, 0], tokenizer, random.Random(0), config)
     frame = re.split(r"(?<=\n)w3(?=\n)", tokenizer.decode(short.prompt_ids))
     assert len(group.prompt_ids) <= 600 and len(frame) == 4 and all(part in text for part in frame)
     assert re.search(r"(?s)\nw5\n.*\nw1 .*\[\.\.\..*D\n.*\nC w3 .*\[\.\.\..*w3 \n", text)
     assert "w8" not in text + str(group.responses) and urpo.answered(answers(*texts)) == [0, 1, 2]
     with pytest.raises(ValueError, match="budget"):
-        urpo.judge_group(row_of("open", "w9 " * 700), texts, [0, 1], tokenizer, rng, config)
+        urpo.judge_prompt(row_of("open", "w9 " * 700), texts, [0, 1], tokenizer, rng, config)
     long = ["w1 " * 200 + middle + " w2" * 200 for middle in ("w3", "w4")]
     row = row_of("preference", "w1", responses=[*long, "w7"], scores=[1, 4, 2])
     group = urpo.preference_group(row, tokenizer, rng, config)
-    assert sorted(group.truth) == [2, 2.5, 2.5] and group.truth[group.responses.index("w7")] == 2
+    assert sorted(group.truth) == [2, 2.5, 2.5] and group.truth[group.judge.responses.index("w7")] == 2
 
     # thoughts that the template begins, and one completion never ends
     tokenizer.add_tokens(["<think>", "</think>"])
@@ -703,7 +718,7 @@ def test_open_rewards(judged):
 
     groups = [answers(*"12345678"), answers("1", "2"), answers("3")]
     half, silent, lonely = judged(groups, fails, judgements=1)
-    assert sum(map(math.isnan, half)) == 4 and all(map(math.isnan, silent + lonely))
+    assert half.count(-1.0) >= 4 and all(map(math.isnan, silent)) and lonely == [1.0]
 
     def first(group, greedy):
         return [9.0] + [5.0] * (len(group.responses) - 1)
@@ -729,8 +744,8 @@ def test_metrics_of_judgements(judged):
     """Bug: a judge that scores by length, ties, prefers a place, or is hacked, is not seen."""
 
     def observed(group):
-        sums, ranks = dict.fromkeys(urpo.SUMS, 0.0), urpo.Ranks(urpo.Config(device="cpu"))
-        return urpo.step_metrics([group], sums, ranks)
+        sums, config = dict.fromkeys(urpo.SUMS, 0.0), urpo.Config(device="cpu")
+        return urpo.step_metrics([group], sums, config, urpo.Ranks(config))
 
     group = answers("a", "bb", "cccc", "d" * 8)
     judged([group], lambda group, _: [float(len(text)) for text in group.responses])
@@ -738,12 +753,10 @@ def test_metrics_of_judgements(judged):
     assert metrics["length_tau/open"] == 1 and metrics["flat/open"] == 0
     assert not {"true_quality/open", "reward_tau/open"} & set(metrics)  # here nobody knows
 
-    group = Group(ROWS[1], [], 9, truth=[1, 2], shown=[0, 1], responses=["a", "bb"])
-    texts = [GOOD, block("A: 5", "B: 5"), "?"]
-    group.completions = [Completion([1], text == "?", text=text) for text in texts]
-    urpo.reward_judgements([group], None, urpo.Config(), None)
+    group = judging([1, 2], GOOD, block("A: 5", "B: 5"), "?", responses=["a", "bb"])
+    urpo.pay_judgements([group], None, urpo.Config(), None)
     expected = dict(parse_rate=2 / 3, tie_rate=0.5, truncated=1 / 3)
-    expected |= dict(reward=-1 / 6, slot_score_B=6, tau=1 / 3, pair_accuracy=1 / 3)
+    expected |= dict(reward=-1 / 6, slot_score_B=6, referee_tau=1 / 3, referee_accuracy=1 / 3)
     metrics = observed(group)
     assert {name: metrics[f"{name}/preference"] for name in expected} == pytest.approx(expected)
 
@@ -813,10 +826,11 @@ EVAL_FIELDS = [f"eval/{name}{error}" for name in EVAL_FIELDS for error in ("", "
 def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
     """Bug: missing steps or fields, a seed not heeded, a lossy resume, kinds listed by hand."""
     pay = paying(lambda g: [float(c.text in g.row["prompt"][0]["content"]) for c in g.completions])
-    monkeypatch.setitem(KINDS, "copied", urpo.Kind(urpo.open_group, pay))
-    monkeypatch.setattr(urpo, "parse_scores", fake_parse)
+    score = lambda group, config: [("copied_accuracy", len(c.ids)) for c in group.completions]  # noqa: E731
+    monkeypatch.setitem(KINDS, "copied", urpo.Kind(urpo.open_group, pay, score))
+    monkeypatch.setattr(urpo, "JUDGE", FAKE_JUDGE)
     rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, row_of("copied", "w5 w6")])
-    flags = dict(data=rows, eval_data=rows, mix="1:1:1:1", steps=6, save_every=2)
+    flags = dict(data=rows, eval_data=rows, mix=mix(1, 1, 1, 1), steps=6, save_every=2)
     flags |= dict(eval_every=4, eval_rows=2)
     final = urpo.train(settings(**flags))
     run, said = final.parent, capsys.readouterr().out
@@ -892,8 +906,9 @@ BAD_RUNS = [  # flags, rows, what the line must say
     ({"preset": "tiny", "data": "typo"}, ROWS, "typo"), ({"model": "no/such"}, ROWS, "no/such"),
     ({"referee": "no/such"}, ROWS, "no/such"), ({"device": "cuda:99"}, ROWS, "--device cuda:99"),
     ({"shard_size": 2}, ROWS, "2 does not divide the 1 ranks"),
-    ({"mix": "1:1"}, ROWS, "mix 1:1"), ({"mix": "0:0:0"}, ROWS, "mix"),
-    ({"mix": "1:-1:1"}, ROWS, "mix"), ({"stop_tokens": "nosuch"}, ROWS, "nosuch"),
+    ({"mix": "1:1:1"}, ROWS, "mix 1:1:1"), ({"mix": "open=0"}, ROWS, "mix"),
+    ({"mix": "open=-1"}, ROWS, "mix"), ({"mix": "opne=1"}, ROWS, "mix opne.*verifiable=N"),
+    ({"stop_tokens": "nosuch"}, ROWS, "nosuch"), ({"device": "mps"}, ROWS, "--device mps"),
     ({}, [], "no rows"), ({}, ROWS[:2], "no rows of kind open"),
     ({}, [*ROWS[:2], ROWS[2] | LONG], ":3: prompt"), ({}, [row_of("essay", "w1")], ":1: kind"),
     ({}, [row_of("verifiable", "w1 " * 4078, answer="1"), *ROWS[1:3]], ":1: prompt.*leaves 8184"),
@@ -925,7 +940,7 @@ def test_flags(monkeypatch):
     assert urpo.parse(["--preset", "small", "--lr_warmup", "1"]).lr_warmup == 1
     assert urpo.parse(["--device", "cpu"]).preset == "tiny"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for world, preset in (("1", "small"), ("8", "7b")):
+    for world, preset in (("1", "tiny"), ("8", "7b")):
         monkeypatch.setenv("WORLD_SIZE", world)
         assert urpo.parse([]).preset == preset and urpo.parse(["--device", "cpu"]).preset == "tiny"
 
@@ -1937,7 +1952,7 @@ def fix_completions():
 
 def job_train(config, fixed=True, full_disk_of=None):
     """A whole run; with fixed completions it is the same on any ranks. One's disk may be full."""
-    urpo.parse_scores = fake_parse
+    urpo.JUDGE = FAKE_JUDGE
     if fixed:
         fix_completions()
     if full_disk_of and os.environ["RANK"] == full_disk_of:
@@ -1947,7 +1962,7 @@ def job_train(config, fixed=True, full_disk_of=None):
 
 @pytest.fixture
 def config(settings):
-    return settings(mix="3:3:3", microbatch_tokens=64, max_new_tokens=12, save_every=2)
+    return settings(mix=mix(3, 3, 3), microbatch_tokens=64, max_new_tokens=12, save_every=2)
 
 
 def job_steps(config):
@@ -2042,7 +2057,7 @@ def test_resume_on_another_number_of_ranks(config, data):
 def test_kill(settings, tmp_path, trials):
     """A kill costs a checkpoint, repeats a step, alters a bit or hangs; threads alter a bit."""
     model = save(tmp_path / "wide", scale=1.0, hidden_size=256)
-    batch = dict(mix="0:4:0", group_size=8, judge_max_new_tokens=32, microbatch_tokens=1024)
+    batch = dict(mix=mix(0, 4), group_size=8, judge_max_new_tokens=32, microbatch_tokens=1024)
     config = settings(model=model, save_every=1, learning_rate=1e-2, **batch)
     on_ranks(2, job_train, config, False, threads=2)
     first = Path(config.out)
