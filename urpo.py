@@ -50,7 +50,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from torch import Tensor, distributed as dist
 from torch.distributed import checkpoint as dcp, fsdp
@@ -64,8 +63,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_prep import LABELS, TRUE_QUALITY, VERIFIERS, BadInput, apply_template, batch_rows
-from data_prep import break_apart, clean_turns, delimiters, forged_parts, hidden_ids, in_one_line
-from data_prep import make_tiny, mix_counts, rows_by_kind, trivial_scores, without_thoughts
+from data_prep import break_apart, clean_turns, delimiters, forged_parts, held_out_table, hidden_ids
+from data_prep import in_one_line, load_config, load_tokenizer, make_tiny, mean_and_error
+from data_prep import mix_counts, rows_by_kind, trivial_scores, without_thoughts
 from data_prep import verify_answer  # noqa: F401  (it belongs to what this file offers)
 
 
@@ -92,7 +92,7 @@ class Config:
     mix: str = setting("verifiable=16,preference=16,open=16", "prompts of each kind in a step")
     group_size: int = setting(8, "completions per prompt (G): their mean is noisy below 4")
     max_new_tokens: int = setting(512, "longest answer of the player, tokens")
-    temperature: float = setting(1.0, "of rollouts; log-probs are taken at the same temperature")
+    temperature: float = setting(1.0, "of rollouts; log-probs are taken at the same one")
     stop_tokens: str = setting("", "more stop tokens, comma-separated (a base model's chat)")
     rollout_tokens: int = setting(131072, "tokens in one batch of generate: bounds the KV cache")
     # judging
@@ -104,7 +104,7 @@ class Config:
     # loss
     clip_low: float = setting(0.2, "the ratio may fall to 1 - clip_low (PPO)")
     clip_high: float = setting(0.2, "the ratio may rise to 1 + clip_high (DAPO: 0.28)")
-    kl_coef: float = setting(0.01, "weight of the KL to the reference; 0: no reference is loaded")
+    kl_coef: float = setting(0.01, "weight of the KL to the reference; 0: none is loaded")
     aggregate: Literal["sequence", "token", "constant"] = setting("sequence", "GRPO, DAPO, Dr.GRPO")
     scale_std: bool = setting(True, "advantages over the group's std; false: as Dr. GRPO")
     mask_truncated: bool = setting(False, "cut completions: in the group's mean, not in the loss")
@@ -113,7 +113,7 @@ class Config:
     lr_warmup: int = setting(5, "steps of linear warm-up: Adam's early second moments are noise")
     max_grad_norm: float = setting(1.0, "the gradient norm is clipped here")
     # memory
-    microbatch_tokens: int = setting(2048, "tokens in one training forward; longer rows go alone")
+    microbatch_tokens: int = setting(2048, "tokens in a training forward; longer rows go alone")
     gradient_checkpointing: bool = setting(False, "compute layers twice: slower, least memory")
     shard_size: int = setting(0, "ranks that share one copy of the weights (a node's); 0: all")
     # what is written
@@ -122,6 +122,10 @@ class Config:
     save_every: int = setting(50, "steps between checkpoints, two are kept; 0: only final/")
 
 
+
+# No number below this one makes sense; other settings may be 0. (A group of one has no baseline.)
+LEAST = dict(group_size=2, list_size=2, judgements=1, temperature=0.01, updates_per_rollout=1,
+             steps=1, max_new_tokens=1, judge_max_new_tokens=1, rollout_tokens=1, microbatch_tokens=1)
 HUB = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl", verifier="math_verify",
            microbatch_tokens=16384, gradient_checkpointing=True)
 PRESETS = {
@@ -195,7 +199,7 @@ def encode(tokenizer, messages: list[dict]) -> list[int]:
     """Chat messages -> prompt ids [P]. The template alone writes delimiters and special tokens:
     those in data are broken apart (data_prep.py)."""
     text = apply_template(tokenizer, clean_turns(messages, delimiters(tokenizer)))
-    # The template writes the BOS token where a model has one: to add special tokens would double it.
+    # The template writes the BOS token where a model has one; added here it would stand twice.
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -293,7 +297,7 @@ def parse_scores(text: str, n: int) -> list[float] | None:
 @dataclass(frozen=True)
 class JudgeForm:
     """How a judge is asked and answers. Everybody who judges, and everybody who imitates a judge
-    (the warm-up, the tiny model's pretraining), goes through JUDGE: another form is another line."""
+    (the warm-up, the tiny model's pretraining), uses JUDGE: another form is another line there."""
 
     messages: Callable  # (chat messages, responses, nonce) -> chat messages of the judge prompt
     parse: Callable  # (text, n) -> n scores, higher is better; None if it is no verdict
@@ -463,8 +467,8 @@ def generate(model, prompts: list[list[int]], n: int, limits: list[int], tempera
         # A completion ends with its first stop token. What generate pads with is a stop token,
         # too, so lengths come from the place of the first one and never from counting padding.
         end = next((k for k, token in enumerate(tokens, 1) if token in stop_ids), len(tokens))
-        cut = tokens[end - 1] not in stop_ids
-        completions.append(Completion(tokens[:end], cut, logprobs[i, :end]))
+        truncated = tokens[end - 1] not in stop_ids
+        completions.append(Completion(tokens[:end], truncated, logprobs[i, :end]))
     return [completions[i : i + n] for i in range(0, len(completions), n)]
 
 
@@ -694,8 +698,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
     loss = (terms * mask).sum() / (denominator or count.clamp(min=1))
 
     with torch.no_grad():
-        below = ratio < 1 - clip_low
-        above = ratio > 1 + clip_high
+        below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
         clipped = (below & (advantage < 0)) | (above & (advantage > 0))  # min() took this side
         sums = {"tokens": mask, "clip_fraction": clipped * mask, "kl": kl * mask,
                 "entropy": -logprobs * mask}  # of the tokens sampled
@@ -712,7 +715,7 @@ def plain_logprobs(model, prompt_ids: list[int], ids: list[int], temperature=1.0
     the start of a run, and the tests, compare it with this."""
     tokens = torch.tensor([prompt_ids + ids], device=model.device)
     logits = model(tokens, use_cache=False).logits  # [1, P + T, V]
-    predicting = logits[0, len(prompt_ids) - 1 : -1]  # [T, V]: a token is predicted one place before
+    predicting = logits[0, len(prompt_ids) - 1 : -1]  # [T, V]: one place before each token
     logprobs = (predicting.float() / temperature).log_softmax(-1)
     targets = tokens[0, len(prompt_ids) :]
     return logprobs.gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -734,11 +737,11 @@ def completions_of(rows: list) -> list[Completion]:
 
 
 def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> list:
-    """(prompt, completions) of groups -> micro-batches, lists of PackedRow. Completions share a row,
-    so that their prompt is computed once. But every completion token meets the whole row, also the
-    other completions, which its mask hides. So a row takes completions of at most twice its
-    prompt's length in all: with more, the hidden work costs as much as the prompt saves (measured:
-    docs/results.md, Speed). Behind a short prompt each completion has a row of its own."""
+    """(prompt, completions) of groups -> micro-batches, lists of PackedRow. Completions share a
+    row, so that their prompt is computed once. But every token meets the whole row, also the other
+    completions, which the mask then hides. So a row takes completions of at most twice its prompt's
+    length in all: with more, the hidden work costs as much as the shared prompt saves. Behind a
+    short prompt each completion has a row of its own."""
     rows = []
     for prompt, completions in groups:
         longest = max(1, *(len(c.ids) for c in completions))
@@ -769,8 +772,7 @@ def packed_inputs(rows: list[PackedRow], device) -> tuple:
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions = torch.arange(length).repeat(len(rows), 1)
     segments = torch.full((len(rows), length), -1)
-    sources = []
-    targets = []
+    sources, targets = [], []
     for r, row in enumerate(rows):
         prompt_end = len(row.prompt)
         ids[r, :prompt_end] = torch.tensor(row.prompt)
@@ -850,16 +852,11 @@ def set_advantages(groups: list[Group], config):
             completion.in_loss = math.isfinite(completion.reward) and not masked
 
 
-def trained_parts(groups: list[Group], config) -> list[tuple[list[int], list[Completion]]]:
-    """(prompt, completions) of what needs a forward. Without a KL term a completion whose advantage
-    is 0 has no gradient: it counts in the denominator of the loss, but nothing is computed for it.
-    So with --kl_coef 0 the metrics `entropy` and `logprob_gap` leave out flat groups."""
-    parts = []
-    for group in groups:
-        useful = [c for c in group.completions if c.in_loss and (c.advantage or config.kl_coef)]
-        if useful:
-            parts.append((group.prompt_ids, useful))
-    return parts
+def needs_forward(completion: Completion, config) -> bool:
+    """Without a KL term a completion whose advantage is 0 has no gradient: it counts in the
+    denominator of the loss, but nothing is computed for it. So with --kl_coef 0 the metrics
+    `entropy` and `logprob_gap` leave out flat groups."""
+    return completion.in_loss and bool(completion.advantage or config.kl_coef)
 
 
 def keep_logprobs(model, batch: list[PackedRow], name: str, temperature: float):
@@ -920,7 +917,9 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
     total["constant"] = total["sequence"] * max(config.max_new_tokens, config.judge_max_new_tokens)
 
     # 5 Log-probs of the reference and the old policy: they stay the same during the updates.
-    batches = ranks.equal_count(pack(trained_parts(groups, config), config.microbatch_tokens))
+    trained = [[c for c in group.completions if needs_forward(c, config)] for group in groups]
+    parts = [(group.prompt_ids, some) for group, some in zip(groups, trained) if some]
+    batches = ranks.equal_count(pack(parts, config.microbatch_tokens))
     with ranks.timed(sums, "logprob_s"), torch.no_grad():
         for batch in batches:
             if config.kl_coef:
@@ -929,16 +928,15 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
                 keep_logprobs(policy.model, batch, "old_logprobs", config.temperature)
 
     # 6 Update: the gradients of all micro-batches, then one step of the optimizer.
-    updates = config.updates_per_rollout
     with ranks.timed(sums, "update_s"):
-        for _ in range(updates if batches else 0):
+        for _ in range(config.updates_per_rollout if batches else 0):
             for batch in batches:
                 loss, metrics = batch_loss(policy.model, batch, total[config.aggregate], config)
                 ranks.backward(policy.model, loss, last=batch is batches[-1])  # summed over ranks
                 for name, value in metrics.items():
-                    sums[name] += value / updates
+                    sums[name] += value / config.updates_per_rollout
             norm = ranks.clip_grad_norm(policy.model, config.max_grad_norm)
-            sums["grad_norm"] += norm / updates
+            sums["grad_norm"] += norm / config.updates_per_rollout
             if all(ranks.gather(math.isfinite(norm) and math.isfinite(sums["loss"]))):
                 optimizer.step()
             else:  # not finite on one rank: all skip together
@@ -1016,20 +1014,6 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
     return metrics
 
 
-def mean_and_error(values: list[tuple[float, str]]) -> tuple[float, float]:
-    """(value, cluster) pairs -> mean, and its standard error over clusters (NaN for one alone).
-    Values that share a prompt are not independent: the error counts prompts."""
-    mean = statistics.fmean(value for value, _ in values)
-    residuals = {}
-    for value, cluster in values:
-        residuals[cluster] = residuals.get(cluster, 0.0) + value - mean
-    count = len(residuals)
-    if count < 2:
-        return mean, math.nan
-    squares = sum(residual**2 for residual in residuals.values())
-    return mean, math.sqrt(squares * count / (count - 1)) / len(values)
-
-
 ALARMS = [  # metric, lowest and highest healthy value, what is wrong and what helps
     ("parse_rate/preference", 0.5, 1, "judgements do not parse: tools/warm_up.py"),
     ("parse_rate/open", 0.5, 1, "half of the referee's judgements cannot be read: a weak referee, "
@@ -1049,19 +1033,32 @@ KEPT = [getattr(torch.ops.aten, name).default for name in (
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")]
 
 
+def device_named(wanted: str, torchrun: bool) -> torch.device:
+    """The device of this rank: what --device says, or a GPU where torch sees one."""
+    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise BadInput(f"--device {name}: expected cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count() or (torchrun and device.index is not None):
+            raise BadInput(f"--device {name}: no such GPU, or torchrun chooses it")
+        device = torch.device("cuda", index)
+    return device
+
+
 class Ranks:
     """All that knows about torch.distributed; not part of the algorithm. One process makes the same
     calls. Under torchrun, and on a GPU always, models are sharded (FSDP2); GPUs use bfloat16."""
 
     def __init__(self, config: Config):
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.main = self.rank == 0
         self.fsdp = {}  # arguments of fully_shard; empty: models are not sharded
         torchrun = "RANK" in os.environ
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is fine
 
-        self.device = self.choose_device(config.device, torchrun)
+        self.device = device_named(config.device, torchrun)
         cuda = self.device.type == "cuda"
         shard = config.shard_size or self.world
         if self.world % shard:
@@ -1079,20 +1076,6 @@ class Ranks:
             shape = (shard,) if shard == self.world else (self.world // shard, shard)
             names = ("replicate", "shard")[-len(shape) :]
             self.fsdp["mesh"] = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-
-    @staticmethod
-    def choose_device(wanted: str, torchrun: bool) -> torch.device:
-        """The device of this rank: what --device says, or a GPU where torch sees one."""
-        name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-            raise BadInput(f"--device {name}: expected cpu, cuda or cuda:N")
-        device = torch.device(name)
-        if device.type == "cuda":
-            index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-            if index >= torch.cuda.device_count() or (torchrun and device.index is not None):
-                raise BadInput(f"--device {name}: no such GPU, or torchrun chooses it")
-            device = torch.device("cuda", index)
-        return device
 
     def gather(self, value) -> list:
         """The value of every rank, in rank order, on every rank. So all have come this far."""
@@ -1225,7 +1208,7 @@ def read_weights(model, name: str, ranks: Ranks):
             if name_of_copy in state and source in state:
                 pair = [state[name_of_copy], state[source]]
                 if not torch.equal(*[t.to_local() if ranks.fsdp else t for t in pair]):
-                    raise ValueError(f"{source} and {name_of_copy} differ, but its config ties them: "
+                    raise ValueError(f"{name_of_copy} is not {source}, but its config ties them: "
                                      "set tie_word_embeddings to false there")
         if (folder / "generation_config.json").exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -1290,46 +1273,14 @@ def export(policy: Actor, folder: Path, ranks: Ranks):
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(policy.model, options=options)  # whole on rank 0 alone
     if ranks.main:
-        tied = policy.model.all_tied_weights_keys
-        state = {key: tensor for key, tensor in state.items() if key not in tied}  # else twice
+        for copy in policy.model.all_tied_weights_keys:  # else they would be written twice
+            state.pop(copy, None)
         policy.model.save_pretrained(folder, state_dict=state)
         policy.tokenizer.save_pretrained(folder)
     ranks.gather(None)
 
 
 # ======================================================================================== 9 The run
-def load_config(name: str):
-    """The model's configuration; BadInput if such a model cannot be trained rightly here."""
-    with in_one_line(f"{name}: not a model folder or reachable Hub name", StrictDataclassError):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    layers = set(getattr(config, "layer_types", None) or [])
-    rope = str(getattr(config, "rope_parameters", None))
-    window = not layers and getattr(config, "sliding_window", None)
-    problems = {
-        "quantised weights": getattr(config, "quantization_config", None),
-        "several parts (multimodal)": hasattr(config, "text_config"),
-        "no max_position_embeddings": not getattr(config, "max_position_embeddings", None),
-        "positions that depend on the longest row": re.search("longrope|dynamic", rope),
-        "not only full attention": window or layers - {"full_attention"},
-    }
-    for problem, found in problems.items():
-        if found:
-            raise BadInput(f"{name}: {config.model_type} with {problem}: cannot be trained here")
-    return config
-
-
-def load_tokenizer(name: str):
-    """-> tokenizer, the model's context in tokens."""
-    config = load_config(name)
-    with in_one_line(f"{name}: no tokenizer that can be loaded"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if not tokenizer.chat_template:
-            raise ValueError("it has no chat template")
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(f"{len(tokenizer)} tokens, but {config.vocab_size} embeddings")
-    return tokenizer, config.max_position_embeddings
-
-
 def load_actor(name: str, config: Config, ranks: Ranks, trainable: bool) -> Actor:
     """Its completions end at the model's stop tokens, the tokenizer's EOS, and --stop_tokens."""
     tokenizer, _ = load_tokenizer(name)
@@ -1440,17 +1391,12 @@ class Log:
             asked = group.row["prompt"][-1]["content"]
             self.say(f"  {kind:<10} {c.reward:+.2f} | {asked[-50:]!r} -> {c.text[-90:]!r}")
 
-    def summary(self, trivial: dict[str, float]):
-        """Held-out scores before and after, ± standard errors over prompts, and what is trivial."""
+    def summary(self, held_out: list[dict]):
+        """The held-out scores before and after, and what the best trivial strategy gets."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         evals = [m for m in map(json.loads, lines) if "loss" not in m]
-        first, last = evals[0], evals[-1]
-        self.say(f"{'held out':<28}step {first['step']:<13}step {last['step']:<13}n      trivial")
-        for name in [name for name in last if f"{name}_se" in last]:
-            before, after = [f"{m[name]:.3f} ± {m[f'{name}_se']:.3f}" for m in (first, last)]
-            short = name.removeprefix("eval/")
-            easy = trivial.get(short.removesuffix("_greedy"), math.nan)
-            self.say(f"{short:<28}{before:<18}{after:<18}{last[f'{name}_n']:<7}{easy:.3f}")
+        for line in held_out_table(evals[0], evals[-1], trivial_scores(held_out)):
+            self.say(line)
 
 
 @show_traceback  # torchrun then shows the traceback of the rank that failed first
@@ -1510,7 +1456,7 @@ def train(config: Config) -> Path:
 
     export(policy, folder / "final", ranks)
     if held_out and ranks.main:
-        log.summary(trivial_scores(held_out))
+        log.summary(held_out)
     log.say(f"the model is in {folder / 'final'}")
     return folder / "final"
 
@@ -1545,8 +1491,8 @@ def step_metrics(groups: list[Group], sums: dict[str, float], config, ranks: Ran
             metrics[name] /= ranks.world
     metrics["trained_tokens"] = metrics.pop("tokens")
     mib = 2**20 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / mib
-    metrics["peak_rss_mib"] = max(ranks.gather(peak))
+    peak = max(ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    metrics["peak_rss_mib"] = peak / mib
     if ranks.device.type == "cuda":
         metrics["peak_cuda_mib"] = max(ranks.gather(torch.cuda.max_memory_allocated() / 2**20))
     observed = [pair for group in groups for pair in observations(group, config)]
@@ -1571,13 +1517,9 @@ def parse(arguments: list[str]) -> Config:
     [config] = parser.parse_args_into_dataclasses(arguments)
     if not config.model or not config.data:
         raise BadInput("--model and --data are both needed (or a --preset)")
-    least = dict(group_size=2, list_size=2, judgements=1, max_new_tokens=1, temperature=0.01,
-                 judge_max_new_tokens=1, updates_per_rollout=1)
-    for name, limit in least.items():
-        if getattr(config, name) < limit:
-            raise BadInput(f"--{name} {getattr(config, name)}: expected at least {limit}")
-    if config.list_size > len(LABELS):
-        raise BadInput(f"--list_size {config.list_size}: expected at most {len(LABELS)}")
+    for name, value in asdict(config).items():
+        if isinstance(value, (int, float)) and not LEAST.get(name, 0) <= value < math.inf:  # or NaN
+            raise BadInput(f"--{name} {value}: expected a number of at least {LEAST.get(name, 0)}")
     return config
 
 
@@ -1620,8 +1562,7 @@ class SharedPromptLayer(transformers.DynamicLayer):
 
     def __init__(self, parts: list[transformers.DynamicLayer], places: int, n: int, room: int):
         super().__init__()
-        keys = []
-        values = []
+        keys, values = [], []
         for part in parts:
             spare = (0, 0, places - part.keys.shape[-2], 0)
             keys.append(pad(part.keys, spare))
@@ -1679,8 +1620,7 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, **k
     group meets its prompt's keys, which are read once for all of them, and its own."""
     sdpa = functools.partial(sdpa_attention_forward, module, scaling=scaling, **kw)
     if places := getattr(attention_mask, "causal_places", 0):
-        begin = slice(places)
-        end = slice(places, None)
+        begin, end = slice(places), slice(places, None)
         first, _ = sdpa(query[:, :, begin], key[:, :, begin], value[:, :, begin], None)
         rest, _ = sdpa(query[:, :, end], key, value, attention_mask[:, :, end])
         return torch.cat([first, rest], 1), None
