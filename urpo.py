@@ -125,7 +125,8 @@ class Config:
 
 # No number below this one makes sense; other settings may be 0. (A group of one has no baseline.)
 LEAST = dict(group_size=2, list_size=2, judgements=1, temperature=0.01, updates_per_rollout=1,
-             steps=1, max_new_tokens=1, judge_max_new_tokens=1, rollout_tokens=1, microbatch_tokens=1)
+             steps=1, max_new_tokens=1, judge_max_new_tokens=1, rollout_tokens=1,
+             microbatch_tokens=1)
 HUB = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl", verifier="math_verify",
            microbatch_tokens=16384, gradient_checkpointing=True)
 PRESETS = {
@@ -1193,7 +1194,7 @@ def read_weights(model, name: str, ranks: Ranks):
         tied = model.all_tied_weights_keys.items()  # the head, and the embeddings that it is
         for name_of_copy, source in tied:
             if source not in stored:
-                state.pop(source)  # its memory is filled under the name that the file has
+                state[name_of_copy] = state.pop(source)  # read under the name that the file has
             elif name_of_copy in stored:
                 state[name_of_copy] = torch.empty_like(state[source])  # both: compared below
             else:
