@@ -1416,7 +1416,7 @@ WIN_RATES = [  # preferences; win rate, its error, wins, losses, draws, n, discr
     ([1, 2, 0, 1.5, 2], 60, 18.708286933869704, 2, 1, 2, 5, 60),
     ([1, 2, None, NAN, 3, -1, 2], 200 / 3, 100 / 3, 2, 1, 0, 3, 200 / 3),
     ([1.02, 1.98, 1.4, 1.5, 1.61], 50.2, 15.538339679644025, 2, 2, 1, 5, 50),
-    ([2], 100, NAN, 1, 0, 0, 1, 100), ([None], NAN, 0, 0, 0, 0, 0, NAN)]
+    ([2], 100, NAN, 1, 0, 0, 1, 100), ([None], NAN, NAN, 0, 0, 0, 0, NAN)]
 # fmt: on
 
 
@@ -1524,6 +1524,9 @@ def evaluate(folder, tmp_path, monkeypatch):
     def run(command, **flags):
         flags = dict(model=folder, out_dir=tmp_path / "evals", name="m", device="cpu") | flags
         arguments = [command, *["--verifier", "plain"] * (command == "reasoning")]
+        if flags["model"]:  # its context is short
+            short = {"rewardbench": "judge_max_new_tokens"}.get(command, "max_new_tokens")
+            flags = {short: 64} | flags
         for flag, value in flags.items():
             values = value if isinstance(value, list) else [] if value is True else [value]
             arguments += [] if value in ("", False) else [f"--{flag}", *map(str, values)]
@@ -1532,14 +1535,17 @@ def evaluate(folder, tmp_path, monkeypatch):
         newest = max(results, key=os.path.getmtime, default=None)  # of two models there is none
         return newest and (json.loads(newest.read_text()), newest.parent)
 
-    def answer(self, what, prompts, *how):
-        if len(run.asked) == run.killed_at:
-            raise KeyboardInterrupt
-        run.asked.append((what, prompts, real(self, what, prompts, *how)))
-        return run.asked[-1][-1]
+    def fill(self, what, model, chunks, answer):
+        def noted(actor, prompts):
+            if len(run.asked) == run.killed_at:
+                raise KeyboardInterrupt
+            run.asked.append((what, prompts, answer(actor, prompts)))
+            return run.asked[-1][-1]
 
-    run.asked, run.killed_at, real = [], None, evaluators.Evaluation.answer
-    monkeypatch.setattr(evaluators.Evaluation, "answer", answer)
+        real(self, what, model, chunks, noted)
+
+    run.asked, run.killed_at, real = [], None, evaluators.Evaluation.fill
+    monkeypatch.setattr(evaluators.Evaluation, "fill", fill)
     return run
 
 
@@ -1580,12 +1586,13 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
         shown.append([texts[i] for i in order])
         return real(row, texts, order, *rest)
 
-    def ask(self, what, model, prompts, limit):
+    def texts(self, what, model, prompts, limit):
         scored = [zip(urpo.LABELS, judge(texts)) for texts in shown]
+        shown.clear()  # rehearsed, then asked
         return [[{"text": block(*[f"{a}: {s}" for a, s in pairs])}] for pairs in scored]
 
     monkeypatch.setattr(urpo, "judge_group", judge_group)
-    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
+    monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
     subset, wrong = {2: "hep-go", 4: "Math"}[size], ["bad", "worse", "no"][: size - 1]
     pair = {"chosen": ["good"], "rejected": wrong, "num_correct": 1}
     rows = [{"prompt": f"w{i}", **pair} for i in range(40 if expected else 400)]
@@ -1626,29 +1633,33 @@ def test_eval_alpaca_judges(evaluate, reference, monkeypatch, folder, judge):
     shown, duel = [], evaluators.duel_prompt
     monkeypatch.setattr(evaluators, "duel_prompt", lambda *p: shown.append(p[1]) or duel(*p))
 
-    def ask(self, what, model, prompts, limit, n=1, temperature=0.0):
-        if what == "answers":
-            return [[{"text": text}] for text in ["same"] + ["  better"] * 39]
-        assert [ids is None for ids in prompts] == [True] + [False] * 39
-        tops = [[], [["x", -0.1]]]  # of the first two there is no verdict
-        for i, text in enumerate(shown[2:]):
+    def texts(self, what, model, prompts, limit, n, temperature):
+        shown.clear()  # rehearsed, then asked
+        return [[{"text": f"<think>so</think>{text}"}] for text in ["same"] + ["  better"] * 39]
+
+    def duels(self, model, prompts):
+        assert [ids == [] for ids in prompts] == [True] + [False] * 39
+        tops = [None, [["x", -0.1]]]  # the first is not asked, of the second there is no verdict
+        for i, text in enumerate(shown[1:]):
             token = "m" if judge == "first" or text == "better" else "M"
             other = token.swapcase() * (i % 2)
             tops.append([[token, -0.5], ["x", -1.0], [other, -30], [token, -40.0]])
-        return [[{"top": top}] for top in tops]
+        return tops
 
-    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
+    monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
+    monkeypatch.setattr(evaluators.Evaluation, "duels", duels)
     results, out = evaluate("alpaca", reference=reference, judge=folder)
-    assert [first == "better" for first in shown[1:]] == switched[1:]
+    assert [first == "better" for first in shown] == switched[1:]
     wins = 38 if judge == "better" else sum(switched[2:])
     score = results["scores"]["win rate"]
     assert score["value"] == pytest.approx(100 * (wins + 0.5) / 39, abs=1e-6) and score["n"] == 39
     annotations = json.loads((out / "annotations.json").read_text())
-    assert (annotations[0]["preference"], annotations[0]["raw_completion"]) == (1.5, None)
-    assert annotations[2]["raw_completion"]["logprobs"]["content"][0]["top_logprobs"][0]["token"]
+    assert [row["preference"] for row in annotations[:2]] == [1.5, None]
     row = json.loads((out.parent / "model_outputs.json").read_text())[1]
     assert row == {"dataset": "d", "generator": "m", "instruction": "w1", "output": "better"}
     again, _ = evaluate("alpaca", model="", annotations=out / "annotations.json", name="again")
+    notes = [found["scores"]["win rate"].pop("note") for found in (results, again)]
+    assert notes[0] == notes[1] + ", which is the model itself"
     assert again["scores"] == results["scores"] and again["notes"]["without a verdict"] == 1
 
 
@@ -1658,16 +1669,16 @@ def test_eval_judge_later(evaluate, reference, folder, tokenizer, tmp_path):
     evaluate("alpaca", **flags)
     _, out = evaluate("alpaca", judge=folder, **flags)
     _, elsewhere = evaluate("alpaca", judge=save(tmp_path / "other", seed=5), **flags)
-    assert [what for what, *_ in asked] == ["answers", "duels", "duels"] and out != elsewhere
+    assert [what for what, *_ in asked] == ["AlpacaEval", "duels", "duels"] and out != elsewhere
     flags = dict(outputs=out.parent / "model_outputs.json", reference=reference, model="", name="x")
     _, again = evaluate("alpaca", judge=folder, **flags)
     one, two = [json.loads((path / "annotations.json").read_text()) for path in (out, again)]
     assert one == [row | {"generator_2": "m"} for row in two]
-    _, prompts, [[record], *_] = asked[1]
+    _, prompts, [top, *_] = asked[1]
     logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor(prompts[:1])).logits[0, -1]
     values, tokens = logits.log_softmax(-1).topk(5)
-    assert [text for text, _ in record["top"]] == [tokenizer.decode([i]) for i in tokens]
-    assert [lp for _, lp in record["top"]] == pytest.approx(values.tolist(), abs=1e-5)
+    assert [text for text, _ in top] == [tokenizer.decode([i]) for i in tokens]
+    assert [lp for _, lp in top] == pytest.approx(values.tolist(), abs=1e-5)
 
 
 def test_eval_goes_on(evaluate, tokenizer, tmp_path):
@@ -1711,18 +1722,18 @@ def test_eval_samples_by_suite(evaluate, folder, tmp_path, monkeypatch):
     paths = [write_rows(tmp_path / "aime/test.jsonl", rows)]
     paths += [write_rows(tmp_path / "gsm.v2.jsonl", rows[:2])]
 
-    def ask(self, what, model, prompts, limit, n, temperature):
+    def texts(self, what, model, prompts, limit, n, temperature):
         assert (what, n, temperature) in [("aime", 4, 0.6), ("gsm.v2", 1, 0.0)]
         said = []
-        for rights in outcomes[self.name][: len(prompts)]:
+        for rights in outcomes[self.options.name][: len(prompts)]:
             said.append([{"text": "\\boxed{7}" * r, "truncated": False} for r in rights[:n]])
         return said
 
-    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
+    monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
     flags = dict(model=[folder, save(tmp_path / "other")], name=["a", "b"])
     evaluate("reasoning", problems=paths, samples=["aime=4@.6", "1"], **flags)
     columns = json.loads((tmp_path / "evals/reasoning-a+b.json").read_text())
-    expected = {"a/aime avg@4": (100 / 3, 22.0479), "a/aime pass@2": (50, 50 / 3**0.5)}
+    expected = {"a/aime avg@4": (100 / 3, 22.0479), "a/aime pass@4": (200 / 3, 100 / 3)}
     expected |= {"a/composite": (200 / 3, 22.0479 / 2), "b - a/aime avg@4": (50 / 3, 25 / 3)}
     for place, numbers in expected.items():  # in percent; b has 1/4, 1/4 and 0 more
         column, name = place.split("/")
@@ -1763,6 +1774,7 @@ def test_eval_tiny_world(monkeypatch, tmp_path):
 # fmt: off
 X, PROBLEM = "x.jsonl", '{"problem": "w1?", "answer": "1"}'
 PAIR = '{"instruction": "w1", "output_1": "a", "output_2": "b"'
+OUTPUT = '{"instruction": "w1", "output": "w2"}'
 WRONG = [  # command, flags, content of a file X, message
     ("reasoning", {"model": ["x", "runs/x/final"], "name": ""}, "", "models called x, x"),
     ("reasoning", {"problems": X}, "", "has no rows"),
@@ -1775,7 +1787,7 @@ WRONG = [  # command, flags, content of a file X, message
     ("reasoning", {"model": ""}, "", "--model is missing"),
     ("rewardbench", {"lists": X}, '{"prompt": "w1", "chosen": "a", "rejected": 7}', "row 1"),
     ("alpaca", {"reference": X}, '{"instruction": "w1", "output": null}', "expected strings"),
-    ("alpaca", {"judge": "nobody"}, "", "nobody"),
+    ("alpaca", {"judge": "nobody", "reference": X}, OUTPUT, "nobody"),
     ("alpaca", {"seed": 1}, "", "--seed has no effect"),
     ("alpaca", {"annotations": X, "model": ""}, PAIR + ', "preference": "2"}', "preference"),
     ("alpaca", {"annotations": X, "model": "", "gamed": X}, (PAIR + "}\n") * 2, "expected a table"),
@@ -1809,10 +1821,11 @@ def test_curves_of_seeds(tmp_path, capsys):
         file.write('{"step": 41, "eval/true_qua')
     evaluators.main(["curves", *map(str, runs), "--out", str(tmp_path / "curves.png")])
     printed = re.sub(" +", " ", capsys.readouterr().out)
-    assert "| n | a, first (± over 3 seeds) | a, last (± over 3 seeds) | b, first (1 " in printed
+    assert "| metric (n held out) | a, first | a, last | b, first | b, last |" in printed
+    assert "a: n 3, ± over seeds; to step 40, 40, 40\nb: n 1, ± over prompts" in printed
     cells = "0.500 ± 0.000 | 0.800 ± 0.115 | 0.500 ± 0.050 | 0.250 ± 0.050 |"  # 0.2 / sqrt(3)
-    assert f"| eval/true_quality | 77 | {cells}" in printed
-    assert "| raw_score/open | | 0.000 ± 0.000 | 0.800 ± 0.115 | 0.000 | 0.250 |" in printed
+    assert f"| eval/true_quality (77) | {cells}" in printed
+    assert "| raw_score/open | 0.000 ± 0.000 | 0.800 ± 0.115 | 0.000 | 0.250 |" in printed
     assert "no picture" in printed or (tmp_path / "curves.png").stat().st_size > 10000
     (runs[-1] / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 2}\n')
     with pytest.raises(BadInput, match="not JSON"):
@@ -1836,7 +1849,9 @@ def test_samples_page(tmp_path):
     assert "<script" not in page and page.count(html.escape(hostile)) == 6
     assert page.count("</details>") == 2 and page.rindex("<table>") < page.rindex("</details>")
     cells = re.findall("<td><pre>(.*?)</pre>", page, re.S)
-    assert ["A", "4.00", html.escape(hostile), "B", "1.00", "worse"] == cells[5:11]
+    assert page.index("step 20") < page.index("step 1<")  # the newest first
+    start = cells.index("A")
+    assert cells[start : start + 6] == ["A", "4.00", html.escape(hostile), "B", "1.00", "worse"]
     assert "3.0 9.0" in cells and "does not parse" in cells and "-1.50" in cells
     assert "completion 1: 8.0\ncompletion 0: 2.0" in cells
     evaluators.main(["samples", str(tmp_path), "--steps", "1", "--out", str(tmp_path / "one.html")])
