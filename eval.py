@@ -36,16 +36,15 @@ import sys
 import textwrap
 from argparse import Namespace
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
+import transformers
 from jinja2 import TemplateError
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 import data_prep
 import urpo
@@ -134,8 +133,7 @@ class Evaluation:
 
     def __init__(self, options: Namespace, ranks: urpo.Ranks, name: str, model: str, file: str):
         own = {"name": name, "model": model, "annotations": file}
-        self.options = Namespace(**vars(options) | own)
-        self.ranks = ranks
+        self.options, self.ranks = Namespace(**vars(options) | own), ranks
         self.rehearsal = False  # what is wrong is found, nothing is asked or written
         self.home = Path(options.out_dir) / name
         self.trial = f"-limit{options.limit}" if options.limit else ""
@@ -169,8 +167,6 @@ class Evaluation:
 
     def duels(self, judge: str, prompts: list) -> list:
         """For each prompt [P] the likeliest next tokens [[text, log-prob], ...], or None."""
-        if self.rehearsal:
-            return [None] * len(prompts)
         chunks = self.chunks(prompts, ["duel", identity(judge)], CHUNK)
         self.fill("duels", judge, chunks, likeliest_tokens)
         return self.collect(chunks, len(prompts))
@@ -181,7 +177,7 @@ class Evaluation:
         places = [i for i, ids in enumerate(prompts) if ids]
         places.sort(key=lambda i: len(prompts[i]))  # alike: little padding
         chunks = {}
-        for start in range(0, len(places), size):
+        for start in range(0, 0 if self.rehearsal else len(places), size):
             chunk = {i: prompts[i] for i in places[start : start + size]}
             question = json.dumps([decides, start, *chunk.values()])  # start: twins are two chunks
             chunks[f"answers/{digest(question)}.json"] = chunk
@@ -232,12 +228,11 @@ class Evaluation:
         command = self.options.command
         git = subprocess.run("git describe --always --dirty || echo unknown", shell=True, text=True,
                              cwd=Path(__file__).parent, capture_output=True).stdout.strip()
-        versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
         flags = {f: vars(self.options)[f] for of, f, *_ in FLAGS if command in of.split()}
         self.write(f"{folder}/results.json", {
             "scores": {name: score.record() for name, score in scores.items()}, "notes": notes,
-            "trial": bool(self.trial), "settings": flags | {"command": command},
-            "versions": versions | {"git": git}})
+            "settings": flags | {"command": command}, "trial": bool(self.trial), "git": git,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
         if self.ranks.main and not self.rehearsal:
             said = ", ".join(f"{value} {name}" for name, value in notes.items())
             print(textwrap.fill(f"{self.home / folder}: {said}", WIDTH), flush=True)
@@ -367,15 +362,11 @@ def preference_from_logprobs(logprobs: dict[str, float], switched: bool) -> floa
     """1 (the reference wins) to 2 (the model), from the top log-probs of the judge's one token:
     1 + p_M / (p_m + p_M), where `m` was shown first (completion_parsers.py, logprob_parser). What
     is outside of the top has probability 0; with neither there is no verdict."""
-    first, second = logprobs.get("m"), logprobs.get("M")
-    if first is None and second is None:
+    if not logprobs.keys() & {"m", "M"}:
         return None
-    if first is None:
-        preference = 2.0
-    elif second is None:
-        preference = 1.0
-    else:  # the same ratio as above, of log-probs that may be too small for exp
-        preference = 1.5 + math.tanh((second - first) / 2) / 2
+    never = -1e9  # a log-prob: as good as probability 0
+    lead = logprobs.get("M", never) - logprobs.get("m", never)
+    preference = 1.5 + math.tanh(lead / 2) / 2  # the same ratio, and it cannot overflow
     return 3 - preference if switched else preference
 
 
@@ -817,31 +808,6 @@ SUITES = ["openai/gsm8k@main#test", "HuggingFaceH4/MATH-500#test", "HuggingFaceH
           "Hothan/OlympiadBench@OE_TO_maths_en_COMP"]
 
 
-def split_answers(text: str) -> list[str]:
-    """At the commas that stand in no bracket, and not in 1,250."""
-    parts, depth = [""], 0
-    for character in re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text):
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts]
-
-
-def check_answer(verify, completion: str, answer: str) -> float:
-    """1 if the final answer is right, else 0. Of a list each must come once, in any order."""
-    golds, claims = split_answers(answer), split_answers(data_prep.final_answer(completion))
-    if verify(completion, answer) or len(golds) == 1 or len(golds) != len(claims):
-        return float(verify(completion, answer))
-    for gold in golds:
-        right = [claim for claim in claims if verify(f"\\boxed{{{claim}}}", gold)]
-        if not right:
-            return 0.0
-        claims.remove(right[0])
-    return 1.0
-
-
 def read_suites(options: Namespace) -> dict[str, tuple[list, int, float]]:
     """Suite -> (row, task) pairs, samples of each problem, their temperature (--samples)."""
     suites = {}
@@ -874,7 +840,7 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
         shares, solved, short = [], [], 0
         for (row, task), of_problem in zip(rows, answers, strict=True):
             texts = [answer["text"] for answer in of_problem or []]
-            correct = [check_answer(verify, without_thoughts(t), task["answer"]) for t in texts]
+            correct = [verify(without_thoughts(text), task["answer"]) for text in texts]
             if of_problem:
                 # over problems: samples of one share its luck, to pool them flatters the error
                 prompt = f"{name} {json.dumps(task['prompt'])}"
@@ -969,7 +935,7 @@ def print_scores(title: str, columns: dict[str, dict[str, Score]]):
 def evaluate(options: Namespace):
     """All three. Of several models every score of the others minus that of the first is shown."""
     check_options(options)
-    transformers_logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     ranks = urpo.Ranks(urpo.Config(device=options.device))
     if options.tiny:
         tiny_world(options, ranks)
@@ -1002,16 +968,16 @@ def evaluate(options: Namespace):
 
 # ================================================================================= Curves
 PANELS = {  # metrics, in the order of STYLES; what a reader looks at first stands first
-    "open: the referee's score -, the truth --": ["raw_score/open", "true_quality/open"],
-    "referee's pairs -, greedy --": ["eval/referee_accuracy", "eval/referee_accuracy_greedy"],
-    "true quality, open -, greedy --": ["eval/true_quality", "eval/true_quality_greedy"],
-    "problems -, greedy --": ["eval/verifiable_accuracy", "eval/verifiable_accuracy_greedy"],
+    "open: referee's score (solid), truth (dashed)": ["raw_score/open", "true_quality/open"],
+    "referee's accuracy (solid), greedy (dashed)": ["eval/referee_accuracy", "eval/referee_accuracy_greedy"],
+    "open quality (solid), greedy (dashed)": ["eval/true_quality", "eval/true_quality_greedy"],
+    "problems (solid), greedy (dashed)": ["eval/verifiable_accuracy", "eval/verifiable_accuracy_greedy"],
     "open: does the reward order rightly?": ["reward_tau/open"],
-    "reward: problems -, judging --": ["reward/verifiable", "reward/preference"],
+    "reward: problems (solid), judging (dashed)": ["reward/verifiable", "reward/preference"],
     "tokens: problems -, judging --, open :": [f"length/{kind}" for kind in urpo.KINDS],
     "flat groups: problems -, judging --, open :": [f"flat/{kind}" for kind in urpo.KINDS],
-    "judgements that parse: open -, judging --": ["parse_rate/open", "parse_rate/preference"],
-    "nats: entropy -, kl --": ["entropy", "kl"],
+    "parsed: open (solid), judging (dashed)": ["parse_rate/open", "parse_rate/preference"],
+    "nats: entropy (solid), kl (dashed)": ["entropy", "kl"],
 }
 FIRST = 3  # panels that are drawn without --all_panels
 STYLES = ["-", "--", ":"]
@@ -1074,7 +1040,7 @@ def curve_table(arms: dict[str, list[Series]]):
         if held_out or name in sum(PANELS.values(), []):
             counts, cells = {}, []
             for seeds in arms.values():
-                counts |= {str(n): 0 for n in seeds[0].get(f"{name}_n", {}).values()}
+                counts |= {f"{n:g}": 0 for n in seeds[0].get(f"{name}_n", {}).values()}
                 found = list(points(seeds, name).values()) or [(math.nan, math.nan)]
                 for mean, error in (found[0], found[-1]):
                     text = f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan")
