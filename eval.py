@@ -150,7 +150,7 @@ class Evaluation:
                            "--name, or for another judge another --out_dir")
 
     def texts(self, what: str, model: str, prompts: list, limit: int, n=1, temperature=0.0) -> list:
-        """For each prompt [P] n answers {"text", "truncated"} of at most `limit` tokens, or None."""
+        """For each prompt [P] n answers {"text", "truncated"} within `limit` tokens, or None."""
         def answer(actor: urpo.Actor, asked: list[list[int]]) -> list:
             groups = urpo.sample(actor.model, asked, n, [limit] * len(asked), temperature,
                                  actor.stop_ids, self.options.rollout_tokens)
@@ -249,10 +249,9 @@ def spoken(actor: urpo.Actor, prompt_ids: list[int], group: list[urpo.Completion
 @torch.no_grad()
 def likeliest_tokens(actor: urpo.Actor, prompts: list[list[int]]) -> list[list[tuple[str, float]]]:
     found = []
-    for ids in prompts:
-        ids = torch.tensor([ids], device=actor.model.device)
-        logits = actor.model(ids, logits_to_keep=1).logits[0, -1].float()
-        logprobs, tokens = logits.log_softmax(-1).topk(TOP)
+    for ids in map(torch.tensor, prompts):
+        logits = actor.model(ids[None].to(actor.model.device), logits_to_keep=1).logits[0, -1]
+        logprobs, tokens = logits.float().log_softmax(-1).topk(TOP)
         found.append(list(zip(map(actor.tokenizer.decode, tokens.tolist()), logprobs.tolist())))
     return found
 
@@ -284,8 +283,7 @@ def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
     for number, item in enumerate(items, 1):
         with in_one_line(f"{model}: its template refuses row {number} of {what}", TemplateError):
             ids = make(tokenizer, item)
-        fits = ids is not None and len(ids) + limit <= context
-        prompts.append(ids if fits else None)
+        prompts.append(ids if ids is not None and len(ids) + limit <= context else None)
     if prompts.count(None) == len(items) > 0:
         raise BadInput(f"{model}: no prompt of {what} fits: its context of {context} tokens has to "
                        f"hold {limit} new ones, too")
@@ -294,14 +292,13 @@ def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
 
 # ================================================================================= Reading
 def read_lines(path: Path, *fields: str) -> list[dict]:
-    """Of a JSONL file of ours, without a last line that is cut (by a kill, or written just now).
-    Each line has these fields."""
+    """Of a JSONL file of ours, without a last line that is cut (by a kill, or written just now)."""
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        with in_one_line(f"{path}:{number}: a line that is not JSON"):
+        with in_one_line(f"{path}:{number}: not JSON with {', '.join(fields)}", AttributeError):
             lines.append(json.loads(line))
-        if not isinstance(lines[-1], dict) or not lines[-1].keys() >= set(fields):
-            raise BadInput(f"{path}:{number}: expected an object with {', '.join(fields)}")
+            if not lines[-1].keys() >= set(fields):
+                raise ValueError(f"only {', '.join(lines[-1])}")
     return lines
 
 
@@ -323,9 +320,8 @@ def read_rows(source: str, *columns: str) -> list:
 def read_tasks(source: str, kind: str, limit: int) -> list[tuple[dict, dict]]:
     """(raw row, task) of one kind. Rows of our own format and another kind are left out; any other
     row that is of no use is an error: benchmarks have none to spare."""
-    rows = [(i, r) for i, r in enumerate(read_rows(source), 1)
-            if not isinstance(r, dict) or r.get("kind", kind) == kind]
-    found = []
+    found, rows = [], enumerate(read_rows(source), 1)
+    rows = [(i, r) for i, r in rows if not isinstance(r, dict) or r.get("kind", kind) == kind]
     for number, row in rows[: limit or None]:
         if isinstance(row, dict) and isinstance(row.get("final_answer"), list):  # OlympiadBench
             row["final_answer"] = ", ".join(map(str, row["final_answer"])).replace("$", "")
@@ -515,8 +511,8 @@ def alpaca(run: Evaluation) -> dict[str, Score]:
     if options.annotations:
         annotations = read_annotations(options.annotations)[: options.limit or None]
     else:
-        pairs = own_answers if not options.outputs else given_answers
-        pairs = pairs(run, reference[: options.limit or None], notes)
+        answers = given_answers if options.outputs else own_answers
+        pairs = answers(run, reference[: options.limit or None], notes)
         if not options.judge and not options.tiny:
             return run.finish(f"alpaca{run.trial}", {}, {"answers, not judged": len(pairs)})
         annotations = annotate(run, pairs, notes)
@@ -572,10 +568,10 @@ def own_answers(run: Evaluation, reference: list[dict], notes: Counter) -> list[
 
 def annotate(run: Evaluation, pairs: list[tuple[dict, dict]], notes: Counter) -> list[dict]:
     """The verdicts on all pairs, as the official annotations.json has them."""
-    judge, annotations, annotator = run.options.judge, [], "true_quality"
-    if judge:
-        annotator = f"weighted_alpaca_eval_{short_name(judge)}"
-        run.check_owner(f"alpaca{run.trial}/{annotator}/judge.json", judge)
+    judge, annotations = run.options.judge, []
+    annotator = f"weighted_alpaca_eval_{short_name(judge)}" if judge else "true_quality"
+    folder = f"alpaca{run.trial}/{annotator}"
+    run.check_owner(f"{folder}/judge.json", judge)
     verdicts = judge_pairs(run, pairs, notes) if judge else tiny_verdicts(pairs)
     for (one, two), preference in zip(pairs, verdicts, strict=True):
         annotations.append({
@@ -583,8 +579,8 @@ def annotate(run: Evaluation, pairs: list[tuple[dict, dict]], notes: Counter) ->
             "output_1": one["output"], "generator_1": one.get("generator", "reference"),
             "output_2": two["output"], "generator_2": run.options.name, "preference": preference,
             "annotator": annotator})
-    run.write(f"alpaca{run.trial}/{annotator}/judge.json", identity(judge))
-    run.write(f"alpaca{run.trial}/{annotator}/annotations.json", annotations)
+    run.write(f"{folder}/judge.json", identity(judge))
+    run.write(f"{folder}/annotations.json", annotations)
     return annotations
 
 
@@ -701,21 +697,19 @@ def read_lists(options: Namespace) -> tuple[list[dict], int]:
     lists, others = [], 0
     for source in options.lists or [HUB_2 if options.v2 else HUB_1]:
         for row, task in read_tasks(source, "preference", options.limit):
-            scores, responses = task["scores"], task["responses"]
-            best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
-            right = scores.count(max(scores))
-            subset = row.get("subset") or set_name(source)
-            ties = options.v2 and subset == "Ties"
-            if right == len(scores) or right > 1 and not ties:
+            scores, subset = task["scores"], row.get("subset") or set_name(source)
+            right, ties = scores.count(max(scores)), options.v2 and subset == "Ties"
+            if right > 1 and not ties or right == len(scores):
                 others += 1
                 continue
             if ties and not re.fullmatch("(ref|tied):[^:]+", str(row["id"])):
                 raise BadInput(f"{source}: row {row['id']}: id: expected ref:N or tied:N")
             if len(scores) > len(data_prep.LABELS) and not ties:
                 raise BadInput(f"{source}: row {row['id']}: more responses than there are letters")
+            best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
+            responses = [task["responses"][i] for i in best_first]
             lists.append({"id": row["id"], "subset": subset, "prompt": task["prompt"],
-                          "responses": [responses[i] for i in best_first], "num_correct": right,
-                          "ties": ties})
+                          "responses": responses, "num_correct": right, "ties": ties})
     if not lists:
         raise BadInput("no list has one best response")
     return lists, others
@@ -791,10 +785,8 @@ def rewardbench(run: Evaluation) -> dict[str, Score]:
     run.write(f"{folder}/samples.json", records)
     # the official tables want ORG/MODEL.json; a model of the Hub has its ORG already
     model = f"local/{options.name}" if Path(options.model).exists() else options.model
-    official = {"model": model, "model_type": "Generative RM", "chat_template": None}
-    for name, score in sorted(subsets.items()):
-        if not math.isnan(score.value):
-            official[name] = score.value / 100
+    official = {name: s.value / 100 for name, s in subsets.items() if not math.isnan(s.value)}
+    official |= {"model": model, "model_type": "Generative RM", "chat_template": None}
     run.write(f"{folder}/eval-set/{model}.json", official)
     notes = Counter({"lists without one best response, left out": others})
     notes["lists not asked: longer than the context"] = len(lists) - len(records)
@@ -967,11 +959,13 @@ def evaluate(options: Namespace):
 
 
 # ================================================================================= Curves
+HELD_OUT = {name: [f"eval/{name}", f"eval/{name}_greedy"] for name in (
+    "referee_accuracy", "true_quality", "verifiable_accuracy")}
 PANELS = {  # metrics, in the order of STYLES; what a reader looks at first stands first
     "open: referee's score (solid), truth (dashed)": ["raw_score/open", "true_quality/open"],
-    "referee's accuracy (solid), greedy (dashed)": ["eval/referee_accuracy", "eval/referee_accuracy_greedy"],
-    "open quality (solid), greedy (dashed)": ["eval/true_quality", "eval/true_quality_greedy"],
-    "problems (solid), greedy (dashed)": ["eval/verifiable_accuracy", "eval/verifiable_accuracy_greedy"],
+    "referee's accuracy (solid), greedy (dashed)": HELD_OUT["referee_accuracy"],
+    "open quality (solid), greedy (dashed)": HELD_OUT["true_quality"],
+    "problems (solid), greedy (dashed)": HELD_OUT["verifiable_accuracy"],
     "open: does the reward order rightly?": ["reward_tau/open"],
     "reward: problems (solid), judging (dashed)": ["reward/verifiable", "reward/preference"],
     "tokens: problems -, judging --, open :": [f"length/{kind}" for kind in urpo.KINDS],
@@ -1095,7 +1089,6 @@ def draw(axis, found: dict[int, tuple[float, float]], style: str, color: str):
 
 
 # ================================================================================= Samples
-SAMPLE = "step", "kind", "prompt", "truth", "completion", "reward"  # what each line has
 # Only the last column holds texts: it may break anywhere, the numbers before it never
 STYLE = """<style> body { font: 14px/1.5 sans-serif } tr:first-child { background: #eee }
 table { border-collapse: collapse; margin: 1em 0 } pre { white-space: pre; margin: 0 }
@@ -1145,7 +1138,8 @@ def samples(options: Namespace):
     """A page (HTML, self-contained) of what a run sampled and what it paid, newest step first."""
     name, groups = html.escape(Path(options.run).resolve().name), {}
     out = options.out or f"{options.run}/samples.html"
-    for line in read_lines(Path(options.run) / "samples.jsonl", *SAMPLE):
+    fields = "step", "kind", "prompt", "truth", "completion", "reward"
+    for line in read_lines(Path(options.run) / "samples.jsonl", *fields):
         groups.setdefault(line["step"], {}).setdefault(line["kind"], []).append(line)
     steps = [step for step in sorted(groups, reverse=True) if step in (options.steps or groups)]
     if not steps:
@@ -1204,14 +1198,14 @@ def parse(arguments: list[str] | None) -> Namespace:
         if name in ("curves", "samples"):
             command.add_argument("run", nargs="+" if name == "curves" else None, help="run folder")
         for of_commands, flag, default, text in FLAGS:
-            how = {"type": type(default)}
-            if isinstance(default, list):
-                how = {"type": int if flag == "steps" else str, "nargs": "+"}
-            elif default is False:
-                how = {"action": "store_true"}
             if name in of_commands.split():
-                how["help"] = f"{text} (default {default})" if default else text
-                command.add_argument(f"--{flag}", default=None, **how)
+                how = {"type": type(default)}
+                if isinstance(default, list):
+                    how = {"type": int if flag == "steps" else str, "nargs": "+"}
+                elif default is False:
+                    how = {"action": "store_true"}
+                text += f" (default {default})" if default else ""
+                command.add_argument(f"--{flag}", default=None, help=text, **how)
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     return Namespace(**{flag: value for _, flag, value, _ in FLAGS} | given, given=list(given))
 

@@ -2011,7 +2011,7 @@ def test_samples_page(tmp_path):
     assert "samples of 1, 20" in refused(
         evaluators.main, ["samples", str(tmp_path), "--steps", "7"]
     )
-    for text, said in {"": "no samples yet", '{"step": 1}\n': "expected an object with"}.items():
+    for text, said in {"": "no samples yet", '{"step": 1}\n': "not JSON with"}.items():
         (tmp_path / "samples.jsonl").write_text(text)
         assert said in refused(evaluators.main, ["samples", str(tmp_path)])
 
