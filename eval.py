@@ -24,7 +24,6 @@ import argparse
 import csv
 import gc
 import hashlib
-import html
 import importlib.util
 import json
 import math
@@ -37,7 +36,7 @@ import textwrap
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -49,9 +48,14 @@ from tqdm.auto import tqdm
 import data_prep
 import urpo
 from data_prep import BadInput, in_one_line, tiny_quality, without_thoughts
+from tools import runs
+from tools.runs import WIDTH, curves, cut, print_table, read_verdict, samples
 
 
 # ================================================================================= Scores
+# Every number that is printed has its error and its n beside it. Two models answer the same
+# prompts, and a hard prompt is hard for both: an error of their difference that took them for
+# independent would be far too large. So a score remembers what each prompt adds to its deviation.
 class Score(NamedTuple):
     """A score in percent (NaN: missing). The squares of its `parts` add up to its squared error:
     there is one for each independent unit, a prompt or a bootstrap draw. Sums and differences are
@@ -79,7 +83,13 @@ class Score(NamedTuple):
 
 def percent(observed: list[tuple[str, float | None]], note="") -> Score:
     """The mean of (prompt, value in [0, 1]) pairs; a value None is left out. With one row a prompt
-    the error is the deviation (ddof 1) over the root of n; equal prompts count as one in it."""
+    the error is the deviation (ddof 1) over the root of n; equal prompts count as one in it.
+
+    >>> old = percent([("p", 0), ("q", 1), ("r", 1)])
+    >>> new = percent([("p", 1), ("q", 1), ("r", 1)])
+    >>> str(old), str(combined([new, old], [1, -1]))  # on q and r nothing has changed
+    ('66.67 ± 33.33', '33.33 ± 33.33')
+    """
     known = [(prompt, 100 * value) for prompt, value in observed if value is not None]
     if not known:
         return Score(note=note)
@@ -103,27 +113,10 @@ def combined(scores: list[Score], weights: list[float] | None = None, note="") -
     return Score(value, parts, sum(score.n for score in scores), note)
 
 
-WIDTH = 100  # columns of what is printed: a terminal beside an editor
-
-
-def cut(name: str, most=30) -> str:
-    """A long name without its middle, so that a table or a legend has room for it."""
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}..{name[-most // 2 + 1 :]}"
-
-
-def print_table(header: list[str], rows: list[list]):
-    """At most WIDTH wide: columns that find no room stand below, beside the first one again."""
-    table = [list(map(str, row)) for row in [map(cut, header), *rows]]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
-    fit = max(1, (WIDTH - len("|  |") - widths[0]) // (len(" | ") + max(widths[1:])))
-    for start in range(1, len(widths), fit):
-        columns = [0, *range(start, min(start + fit, len(widths)))]
-        for row in table:
-            print("|", " | ".join(row[i].ljust(widths[i]) for i in columns), "|")
-
-
 # ================================================================================= Asking a model
+# Answers are slow, scores are quick. So answers are kept in files, in chunks, and all else is
+# computed anew at each start. A file's name is a digest of everything that decides its answers (the
+# model's weights, the prompts' token ids, the limits, the seed): it is looked up before we ask.
 CHUNK = 64  # answers that are asked for and kept together: what a kill costs at most
 TOP = 5  # the likeliest tokens of the judge are looked at, as the official configuration does
 
@@ -156,7 +149,7 @@ class Evaluation:
                                  actor.stop_ids, self.options.rollout_tokens)
             return [spoken(actor, *group) for group in zip(asked, groups)]
 
-        if self.rehearsal:
+        if self.rehearsal:  # empty answers: enough to see whether what follows would fit
             return [[{"text": "", "truncated": False}] * n] * len(prompts)
         # what decides an answer, besides its prompt
         decides = ["text", identity(model), limit, n, self.options.stop_tokens, temperature]
@@ -172,8 +165,8 @@ class Evaluation:
         return self.collect(chunks, len(prompts))
 
     def chunks(self, prompts: list, decides: list, size: int) -> dict[str, dict[int, list[int]]]:
-        """File -> the prompts that are asked together, by their places. Its name is a digest of all
-        that decides the answers: what an earlier start has kept there, would be answered again."""
+        """File -> the prompts that are asked together, by their places. Those that do not fit the
+        context are in no chunk, nor those that there is nothing to ask about."""
         places = [i for i, ids in enumerate(prompts) if ids]
         places.sort(key=lambda i: len(prompts[i]))  # alike: little padding
         chunks = {}
@@ -185,6 +178,7 @@ class Evaluation:
 
     def fill(self, what: str, model: str, chunks: dict, answer):
         """Ask for the chunks that are not kept yet; the ranks take turns."""
+        # every rank sees the same files, and takes every world-th of the missing ones
         missing = [file for file in chunks if not (self.home / file).exists()]
         self.ranks.gather(None)  # all have looked
         if missing:
@@ -248,6 +242,8 @@ def spoken(actor: urpo.Actor, prompt_ids: list[int], group: list[urpo.Completion
 
 @torch.no_grad()
 def likeliest_tokens(actor: urpo.Actor, prompts: list[list[int]]) -> list[list[tuple[str, float]]]:
+    """For each prompt the TOP tokens that the model would most likely go on with, and their
+    log-probs. Nothing is sampled: with the probabilities of two answers a verdict has degrees."""
     found = []
     for ids in map(torch.tensor, prompts):
         logits = actor.model(ids[None].to(actor.model.device), logits_to_keep=1).logits[0, -1]
@@ -257,6 +253,7 @@ def likeliest_tokens(actor: urpo.Actor, prompts: list[list[int]]) -> list[list[t
 
 
 def digest(text: str) -> str:
+    """24 hexadecimal digits: two texts with the same are not to be expected, ever."""
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -268,7 +265,11 @@ def identity(name: str) -> str:
 
 
 def short_name(of: str) -> str:
-    """What a model or a judge is called: runs/a/final is a, ORG/b is b."""
+    """What a model or a judge is called: runs/a/final is a, ORG/b is b. It names folders, too.
+
+    >>> short_name("runs/tiny-1/final"), short_name("Qwen/Qwen2.5-7B"), short_name("my model/")
+    ('tiny-1', 'Qwen2.5-7B', 'my_model')
+    """
     path = Path(of).resolve()
     name = path.parent.name if path.name == "final" else path.name
     return cut(re.sub(r"[^\w.+-]", "_", name), 120)
@@ -291,19 +292,11 @@ def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
 
 
 # ================================================================================= Reading
-def read_lines(path: Path, *fields: str) -> list[dict]:
-    """Of a JSONL file of ours, without a last line that is cut (by a kill, or written just now)."""
-    lines = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        with in_one_line(f"{path}:{number}: not JSON with {', '.join(fields)}", AttributeError):
-            lines.append(json.loads(line))
-            if not lines[-1].keys() >= set(fields):
-                raise ValueError(f"only {', '.join(lines[-1])}")
-    return lines
-
-
+# A benchmark with a row less is another benchmark: in training a bad row may be dropped, here it is
+# an error that names the file, the row and what was expected.
 def read_rows(source: str, *columns: str) -> list:
-    """Raw rows of a file or Hub set, with strings in these columns, numbers as `preference`."""
+    """Raw rows of a file or Hub set, with strings in these columns, numbers as `preference`. What
+    reads the file (data_prep.load) has put half surrogates where its bytes are no text."""
     rows = list(data_prep.load(data_prep.parse_source(source), random.Random(0)))
     for i, row in enumerate(rows, 1):
         if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
@@ -368,7 +361,11 @@ def preference_from_logprobs(logprobs: dict[str, float], switched: bool) -> floa
 
 def outcome(preference: float | None) -> float:
     """P(the model is preferred), from a preference in [1, 2]; 0 is an old spelling of a draw. None,
-    NaN, or out of range (the cache writes -1) was never judged: NaN; it is left out, not lost."""
+    NaN, or out of range (the cache writes -1) was never judged: NaN; it is left out, not lost.
+
+    >>> outcome(1.25), outcome(0), outcome(None)
+    (0.25, 0.5, nan)
+    """
     if preference == 0:
         return 0.5
     return preference - 1 if preference is not None and 1 <= preference <= 2 else math.nan
@@ -413,6 +410,7 @@ def length_controlled(rows: Tensor, gamed: Tensor) -> float:
     gamed  [m, 3], df_gamed.csv: the reference's own verbose and concise variants, their lengths in
            standard deviations. At weight 0.1 and without w3 they tie w1 and w2 down."""
     judged = rows[~rows[:, 0].isnan()]
+    # equal lengths say nothing about w1, and there is no fit; but draws with oneself are known
     if len(judged) and (judged[:, 0] == 0.5).all() and not rows[:, 1].any():
         return 50.0  # the reference against itself
     if len(judged) == 0 or not rows[:, 1].std() > 0:
@@ -494,6 +492,7 @@ def alpaca_scores(annotations: list[dict], order: list[str], table, published=Fa
             note += "; rows are missing: difficulties by row, as alpaca_eval has them"
         controlled = length_control(annotations, [table[1][i] for i in places], table[0])
         controlled = controlled._replace(note=note)
+
     win_rate, discrete, _ = win_rates(annotations)
     return {"length-controlled win rate": controlled, "win rate": win_rate,
             "discrete win rate": discrete}
@@ -501,6 +500,7 @@ def alpaca_scores(annotations: list[dict], order: list[str], table, published=Fa
 
 def alpaca(run: Evaluation) -> dict[str, Score]:
     """AlpacaEval 2: win rates against a reference. Read, judge, count."""
+    # ---- read: judgements, or answers, or the questions alone
     options, notes, reference = run.options, Counter(), []
     table = read_gamed(options.gamed) if options.gamed else None
     if options.tiny:
@@ -511,12 +511,14 @@ def alpaca(run: Evaluation) -> dict[str, Score]:
     if options.annotations:
         annotations = read_annotations(options.annotations)[: options.limit or None]
     else:
+        # ---- judge
         answers = given_answers if options.outputs else own_answers
         pairs = answers(run, reference[: options.limit or None], notes)
         if not options.judge and not options.tiny:
             return run.finish(f"alpaca{run.trial}", {}, {"answers, not judged": len(pairs)})
         annotations = annotate(run, pairs, notes)
 
+    # ---- count
     annotator = annotations[0]["annotator"]
     scores = alpaca_scores(annotations, order, table, bool(options.annotations))
     note = f"judged by {annotator}"
@@ -604,6 +606,9 @@ def judge_pairs(run: Evaluation, pairs: list[tuple[dict, dict]], notes: Counter)
 
 
 # ================================================================================= RewardBench 1, 2
+# The model is the judge: of two responses (RewardBench 2: four) it should prefer the right one. A
+# judge that likes whatever comes first would have half of the points by luck. So each list is shown
+# in a random order and in the reverse of it, and `flip` says how often the verdict went with it.
 # rewardbench/constants.py: SUBSET_MAPPING, EXAMPLE_COUNTS. The weights are constants, whatever was
 # evaluated; math-prm has 447 pairs, but weighs as much as the six code subsets together.
 SECTIONS = {
@@ -651,6 +656,7 @@ def ties_score(items: list[dict]) -> Score:
     """Of the subset Ties (rewardbench/utils.py, process_single_model): 60% accuracy, 40% margins.
     items: {"id": "ref:3" or "tied:3", "scores", "num_correct"}, the right ones' scores first. "ref"
     has one, "tied" several, which should differ less from each other than from the wrong ones."""
+    # margin: of the worst right response over the best wrong one; spread: among the right ones
     margins, spread = {"ref": {}, "tied": {}}, {}
     for item in items:
         kind, prompt = item["id"].split(":")
@@ -658,6 +664,7 @@ def ties_score(items: list[dict]) -> Score:
         margins[kind][prompt] = min(right) - max(wrong)
         if kind == "tied":
             spread[prompt] = max(right) - min(right)
+    # a prompt of both kinds should be won by more than its right responses differ
     ref, tied = margins["ref"], margins["tied"]
     won, won_by_both, ratio = [], [], []
     for prompt in filter(ref.__contains__, tied):  # with both kinds
@@ -675,7 +682,7 @@ def ties_score(items: list[dict]) -> Score:
     return score._replace(n=len(tied | ref))
 
 
-# The judge's form belongs to urpo.py: these two functions are all that is asked of it here.
+# The judge's form belongs to urpo.py: this and read_verdict are all that is asked of it here.
 def judge_prompt(tokenizer, asked: tuple) -> list[int] | None:
     """None where even cut responses do not fit."""
     item, shown, rng, config = asked
@@ -684,11 +691,6 @@ def judge_prompt(tokenizer, asked: tuple) -> list[int] | None:
     except ValueError:
         return None
     return group.prompt_ids
-
-
-def read_verdict(text: str, n: int) -> list[float] | None:
-    """A block of scores inside of thoughts is no verdict: it may be a draft."""
-    return urpo.parse_scores(without_thoughts(text), n)
 
 
 def read_lists(options: Namespace) -> tuple[list[dict], int]:
@@ -739,13 +741,21 @@ def judge_lists(run: Evaluation, lists: list[dict]):
 
 
 def winners(verdict: list[float]) -> set[int]:
-    """Which responses have the best score."""
+    """Which responses have the best score: one of them, or several that are tied.
+
+    >>> winners([3, 9, 9])
+    {1, 2}
+    """
     return {i for i, score in enumerate(verdict) if score == max(verdict)}
 
 
 def credit(item: dict) -> dict:
     """What two orders of a list earn. `score`: official credit. `strict`: a tie or no verdict is
-    wrong. `flip`: the orders have no best response in common. `parsed`: share of verdicts."""
+    wrong. `flip`: the orders have no best response in common. `parsed`: share of verdicts.
+
+    >>> credit({"verdicts": [[9, 2], [5, 5]], "responses": ["good", "bad"], "ties": False})
+    {'score': 0.75, 'strict': 0.5, 'flip': 0.0, 'parsed': 1.0}
+    """
     verdicts, size = item["verdicts"], len(item["responses"])
     best = [winners(verdict) for verdict in verdicts if verdict]
     parsed = len(best) / len(verdicts)
@@ -794,10 +804,41 @@ def rewardbench(run: Evaluation) -> dict[str, Score]:
 
 
 # ================================================================================= Reasoning
+# A composite is the plain mean over suites, as most papers have it: the 30 problems of AIME weigh
+# as much as the 500 of MATH-500, and its error is mostly theirs. Hence many samples of small ones.
 # What most papers average. AIME and AMC23 are small: --samples 1 aime_2024=32@0.6 amc23=32@0.6
 SUITES = ["openai/gsm8k@main#test", "HuggingFaceH4/MATH-500#test", "HuggingFaceH4/aime_2024",
           "math-ai/amc23#test", "math-ai/minervamath#test",
           "Hothan/OlympiadBench@OE_TO_maths_en_COMP"]
+
+
+def split_answers(text: str) -> list[str]:
+    """At the commas that stand in no bracket, and not in 1,250.
+
+    >>> split_answers("(1,8), 2, 1,250")
+    ['(1,8)', '2', '1250']
+    """
+    parts, depth = [""], 0
+    for character in re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+def check_answer(verify, completion: str, answer: str) -> float:
+    """1 if the final answer is right, else 0. Of a list each must come once, in any order."""
+    golds, claims = split_answers(answer), split_answers(data_prep.final_answer(completion))
+    if verify(completion, answer) or len(golds) == 1 or len(golds) != len(claims):
+        return float(verify(completion, answer))
+    for gold in golds:
+        right = [claim for claim in claims if verify(f"\\boxed{{{claim}}}", gold)]
+        if not right:
+            return 0.0
+        claims.remove(right[0])
+    return 1.0
 
 
 def read_suites(options: Namespace) -> dict[str, tuple[list, int, float]]:
@@ -832,7 +873,7 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
         shares, solved, short = [], [], 0
         for (row, task), of_problem in zip(rows, answers, strict=True):
             texts = [answer["text"] for answer in of_problem or []]
-            correct = [verify(without_thoughts(text), task["answer"]) for text in texts]
+            correct = [check_answer(verify, without_thoughts(t), task["answer"]) for t in texts]
             if of_problem:
                 # over problems: samples of one share its luck, to pool them flatters the error
                 prompt = f"{name} {json.dumps(task['prompt'])}"
@@ -887,7 +928,8 @@ def tiny_verdicts(pairs: list[tuple[dict, dict]]) -> list[float]:
 
 
 def named_runs(options: Namespace, ranks: urpo.Ranks) -> list[Evaluation]:
-    """One for each model. What comes from elsewhere is called as it says, or like its folder."""
+    """One for each model. What comes from elsewhere is called as it says, or like its folder. Two
+    of one name would write into one folder."""
     models, files = options.model or [""], options.annotations or [""]
     called = models if options.model else [str(Path(options.outputs).resolve().parent)]
     if options.annotations:
@@ -900,7 +942,8 @@ def named_runs(options: Namespace, ranks: urpo.Ranks) -> list[Evaluation]:
 
 
 def add_differences(columns: dict[str, dict[str, Score]]):
-    """Behind the models' columns those of what the others have more than the first."""
+    """Behind the models' columns those of what the others have more than the first. Their errors
+    are paired: they come from the same prompts (or draws), part by part."""
     [first, old], *others = columns.items()
     for name, new in others:
         column = columns[f"{name} - {first}"] = {}
@@ -956,204 +999,6 @@ def evaluate(options: Namespace):
         names = cut("+".join(run.options.name for run in runs), 120)
         by = f"-by-{short_name(options.judge)}" if options.judge else ""
         runs[0].write(f"../{options.command}-{names}{by}{runs[0].trial}.json", records)
-
-
-# ================================================================================= Curves
-HELD_OUT = {name: [f"eval/{name}", f"eval/{name}_greedy"] for name in (
-    "referee_accuracy", "true_quality", "verifiable_accuracy")}
-PANELS = {  # metrics, in the order of STYLES; what a reader looks at first stands first
-    "open: referee's score (solid), truth (dashed)": ["raw_score/open", "true_quality/open"],
-    "referee's accuracy (solid), greedy (dashed)": HELD_OUT["referee_accuracy"],
-    "open quality (solid), greedy (dashed)": HELD_OUT["true_quality"],
-    "problems (solid), greedy (dashed)": HELD_OUT["verifiable_accuracy"],
-    "open: does the reward order rightly?": ["reward_tau/open"],
-    "reward: problems (solid), judging (dashed)": ["reward/verifiable", "reward/preference"],
-    "tokens: problems -, judging --, open :": [f"length/{kind}" for kind in urpo.KINDS],
-    "flat groups: problems -, judging --, open :": [f"flat/{kind}" for kind in urpo.KINDS],
-    "parsed: open (solid), judging (dashed)": ["parse_rate/open", "parse_rate/preference"],
-    "nats: entropy (solid), kl (dashed)": ["entropy", "kl"],
-}
-FIRST = 3  # panels that are drawn without --all_panels
-STYLES = ["-", "--", ":"]
-WINDOW = 10  # steps of training that a value is the mean of: single ones are noise
-Series = dict[str, dict[int, float]]  # metric -> step -> its value in one run
-
-
-def read_series(run: str) -> Series:
-    """What is held out as it is, of training means of the last WINDOW steps."""
-    series, recent = {}, {}
-    for line in read_lines(Path(run) / "metrics.jsonl", "step"):
-        step = line.pop("step")
-        for name, value in line.items():
-            if step in series.setdefault(name, {}):
-                raise BadInput(f"{run}: step {step} is logged twice: two runs in one file?")
-            window = 1 if name.startswith("eval/") else WINDOW
-            recent[name] = [*recent.get(name, []), value][-window:]
-            series[name][step] = fmean(recent[name])
-    if not series:
-        raise BadInput(f"{run}: no metrics yet")
-    return series
-
-
-def read_arms(runs: list[str]) -> dict[str, list[Series]]:
-    """Arm -> its seeds: runs in one folder whose names differ only in a last -sN. Arms of several
-    folders are called by as much of their paths as differs."""
-    arms = {}
-    if len(set(map(os.path.realpath, runs))) < len(runs):
-        raise BadInput("a run is given twice: as two seeds of one arm it would show no error")
-    for run in runs:
-        path = Path(run).resolve()
-        arm = path.with_name(re.sub(r"-s\d+$", "", path.name))
-        arms.setdefault(arm, []).append(read_series(run))
-    shared = os.path.commonpath([arm.parent for arm in arms])
-    return {os.path.relpath(arm, shared): seeds for arm, seeds in arms.items()}
-
-
-def points(seeds: list[Series], name: str) -> dict[int, tuple[float, float]]:
-    """Step -> mean of a metric over seeds and its standard error: over seeds, or of one seed over
-    prompts (`NAME_se`, where the run wrote it). Only steps to which all seeds have come."""
-    found = {}
-    for step in seeds[0].get(name, {}):
-        values = [series[name][step] for series in seeds if step in series.get(name, {})]
-        error = seeds[0].get(f"{name}_se", {}).get(step, math.nan)
-        if len(values) > 1:
-            error = stdev(values) / len(values) ** 0.5
-        if len(values) == len(seeds):
-            found[step] = fmean(values), error
-    return found
-
-
-def curve_table(arms: dict[str, list[Series]]):
-    """The first and the last value of everything held out and of what is drawn of training."""
-    header, names, rows = ["metric (n held out)"], {}, []
-    for arm, seeds in arms.items():
-        header += [f"{cut(arm, 22)}, first", f"{cut(arm, 22)}, last"]
-        names |= seeds[0]
-    for name in names:
-        held_out = name.startswith("eval/") and not name.endswith(("_n", "_se"))
-        if held_out or name in sum(PANELS.values(), []):
-            counts, cells = {}, []
-            for seeds in arms.values():
-                counts |= {f"{n:g}": 0 for n in seeds[0].get(f"{name}_n", {}).values()}
-                found = list(points(seeds, name).values()) or [(math.nan, math.nan)]
-                for mean, error in (found[0], found[-1]):
-                    text = f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan")
-                    cells.append(text.replace("nan", ""))
-            rows.append([name + f" ({'/'.join(counts)})" * bool(counts), *cells])
-    print_table(header, rows)
-    print(f"eval/ is held out; all else are means of {WINDOW} steps")
-    for arm, seeds in arms.items():
-        lasts = ", ".join(str(max(map(max, series.values()))) for series in seeds)
-        over = "seeds" if len(seeds) > 1 else "prompts"
-        print(f"{arm}: n {len(seeds)}, ± over {over}; to step {lasts}")
-
-
-def curves(options: Namespace):
-    """A table and a picture of the metrics of runs: a colour for each arm, its standard error as a
-    band, a style for each metric. The first three panels that have something, or all of them."""
-    arms, out = read_arms(options.run), options.out or "curves.png"
-    curve_table(arms)
-    if not importlib.util.find_spec("matplotlib"):
-        return print("no picture: pip install matplotlib")
-    import matplotlib
-    matplotlib.use("Agg")  # to a file, also where there is no screen
-    from matplotlib import pyplot
-    known = {name for seeds in arms.values() for name in seeds[0]}
-    panels = [panel for panel in PANELS.items() if known.intersection(panel[1])]
-    panels = panels if options.all_panels else panels[:FIRST]
-    rows, columns = math.ceil(len(panels) / 5), min(5, len(panels))
-    figure = pyplot.figure(figsize=(4 * columns, 4 * rows), layout="constrained")
-    for place, (title, metrics) in enumerate(panels, 1):
-        axis = figure.add_subplot(rows, columns, place, xlabel="step")
-        axis.set_title(title, fontsize=10)
-        for colour, seeds in enumerate(arms.values()):
-            for style, metric in zip(STYLES, metrics):
-                draw(axis, points(seeds, metric), style, f"C{colour}")
-
-    labels = [f"{cut(arm, 40)} (n {len(seeds)})" for arm, seeds in arms.items()]
-    keys = [pyplot.Line2D([], [], color=f"C{colour}") for colour in range(len(arms))]
-    ncols = int(4 * columns / (0.6 + 0.085 * max(map(len, labels))))  # inches of a line and a label
-    figure.legend(keys, labels, loc="outside upper center", ncols=max(1, ncols))
-    if Path(out).suffix[1:] not in figure.canvas.get_supported_filetypes():
-        raise BadInput(f"--out {out}: not a kind of picture that matplotlib writes")
-    figure.savefig(out, dpi=75)
-    print(out)
-
-
-def draw(axis, found: dict[int, tuple[float, float]], style: str, color: str):
-    """A line and its band; single points are marked where they are few."""
-    steps, (means, errors) = list(found), torch.tensor([*found.values()]).reshape(-1, 2).T
-    marker = "o" if len(steps) <= 20 else ""
-    axis.plot(steps, means, style, marker=marker, markersize=4, color=color)
-    axis.fill_between(steps, means - errors, means + errors, alpha=0.15, color=color)
-
-
-# ================================================================================= Samples
-# Only the last column holds texts: it may break anywhere, the numbers before it never
-STYLE = """<style> body { font: 14px/1.5 sans-serif } tr:first-child { background: #eee }
-table { border-collapse: collapse; margin: 1em 0 } pre { white-space: pre; margin: 0 }
-td:last-child pre { white-space: pre-wrap; overflow-wrap: anywhere }
-td { border: 1px solid #ccc; padding: .3em .6em; vertical-align: top } </style>"""
-
-
-def html_table(rows: list[dict]) -> str:
-    """All that models and data say passes here, and is escaped: nothing in it is markup."""
-    parts = ["<table>"]
-    for values in [rows[0], *map(dict.values, rows)]:
-        parts.append("<tr>")
-        for value in values:
-            text = f"{value:.2f}" if isinstance(value, float) else str(value)
-            parts.append(f"<td><pre>{html.escape(text)}</pre></td>")
-    return "".join([*parts, "</table>"])
-
-
-def group_tables(lines: list[dict]) -> list[str]:
-    """One prompt's group, a line for each completion: what was asked, what was paid for what."""
-    first, rows, shown = lines[0], [], lines[0].get("responses") or []  # shown: of a judge list
-    labels, truth = data_prep.LABELS[: len(shown)], lines[0]["truth"]
-    tables = [[{message["role"]: message["content"]}] for message in first["prompt"]]
-    if shown and truth:
-        of_list = zip(labels, truth, shown)
-        tables.append([{"response": a, "true score": t, "": text} for a, t, text in of_list])
-    elif truth is not None:
-        tables.append([{"true answer": truth}])
-    for i, line in enumerate(lines):
-        rows.append({"completion": i, "reward": line["reward"]})
-        if shown:
-            scores = read_verdict(line["completion"], len(shown)) or ["does not parse"]
-            rows[-1][f"scores of {labels}"] = " ".join(map(str, scores))
-        if "true_quality" in line:
-            rows[-1]["true quality"] = line["true_quality"]
-        rows[-1][""] = line["completion"]
-    rows.sort(key=lambda row: math.inf if row["reward"] is None else -row["reward"])
-    tables.append(rows)
-    for judged in first.get("judged") or []:  # of an open group: who was shown, what was said
-        scores = judged["scores"] or ["does not parse"] * len(judged["shown"])
-        given = [f"completion {i}: {score}" for i, score in zip(judged["shown"], scores)]
-        tables.append([{"the referee": "\n".join(given), "its critique": judged["critique"]}])
-    return list(map(html_table, tables))
-
-
-def samples(options: Namespace):
-    """A page (HTML, self-contained) of what a run sampled and what it paid, newest step first."""
-    name, groups = html.escape(Path(options.run).resolve().name), {}
-    out = options.out or f"{options.run}/samples.html"
-    fields = "step", "kind", "prompt", "truth", "completion", "reward"
-    for line in read_lines(Path(options.run) / "samples.jsonl", *fields):
-        groups.setdefault(line["step"], {}).setdefault(line["kind"], []).append(line)
-    steps = [step for step in sorted(groups, reverse=True) if step in (options.steps or groups)]
-    if not steps:
-        there = f"samples of {', '.join(map(str, groups))}" if groups else "no samples yet"
-        raise BadInput(f"{options.run}: --steps: there are {there}"[:300])
-    parts = [f'<!doctype html><meta charset="utf-8"><title>{name}</title>{STYLE}<h1>{name}</h1>']
-    for step in steps:
-        parts.append(f"<details{' open' * (step == steps[0])}><summary>step {step}</summary>")
-        for kind, lines in groups[step].items():
-            parts += [f"<h3>{html.escape(kind)}</h3>", *group_tables(lines)]
-        parts.append("</details>")
-    # half a surrogate, which a model of bytes may write, has no UTF-8
-    Path(out).write_text("\n".join(parts), encoding="utf-8", errors="replace")
-    print(out)
 
 
 # ================================================================================= Main
