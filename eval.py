@@ -48,7 +48,6 @@ from tqdm.auto import tqdm
 import data_prep
 import urpo
 from data_prep import BadInput, in_one_line, tiny_quality, without_thoughts
-from tools import runs
 from tools.runs import WIDTH, curves, cut, print_table, read_verdict, samples
 
 
@@ -185,7 +184,8 @@ class Evaluation:
             self.write("model.json", identity(self.options.model or self.options.outputs))
             if self.loaded[0] != model:
                 self.drop_model()  # before the next one comes
-                self.config.stop_tokens = self.options.stop_tokens * (model == self.options.model)
+                own = model == self.options.model  # the judge has its own stop tokens
+                self.config.stop_tokens = self.options.stop_tokens if own else ""
                 self.loaded = model, urpo.load_actor(model, self.config, self.ranks, False)
             mine = missing[self.ranks.rank :: self.ranks.world]
             with self.ranks.unsharded(self.loaded[1].model):
@@ -937,6 +937,7 @@ def named_runs(options: Namespace, ranks: urpo.Ranks) -> list[Evaluation]:
     names = options.name or list(map(short_name, called))
     if len(names) != len(called) or len(set(names)) < len(names):
         raise BadInput(f"{len(called)} models called {', '.join(names)}: a --name for each"[:300])
+    # of models and files one list has a single "", which stands beside each of the other
     given = zip(names, models * len(files), files * len(models))
     return [Evaluation(options, ranks, *of_model) for of_model in given]
 

@@ -1433,10 +1433,10 @@ def test_eval_win_rate(preferences, rate, error, wins, losses, draws, n, discret
     assert evaluators.win_rates(rows * 50)[0].error == pytest.approx(error, nan_ok=True)
 
 
-@pytest.mark.parametrize("module", [evaluators, evaluators.runs])
+@pytest.mark.parametrize("module", ["eval", "tools.runs"])
 def test_eval_doctests(module):
     """Bug: worked examples that have rotted."""
-    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(sys.modules[module]).failed == 0
 
 
 def test_eval_switch_parser_and_prompt():
@@ -1695,6 +1695,10 @@ def test_eval_judge_later(evaluate, reference, folder, tokenizer, tmp_path):
     assert {"alpaca-m-by-model0.json", "alpaca-m-by-j.json"} <= set(os.listdir(tmp_path / "evals"))
     namesake = save(tmp_path / "elsewhere/j/final", seed=6)
     assert "another" in refused(evaluate, "alpaca", judge=namesake, **flags)
+    refusal = "{{ raise_exception('no system') if messages[0].role == 'system' else '' }}"
+    (tmp_path / "elsewhere/j/final/chat_template.jinja").write_text(refusal + TEMPLATE)
+    said = refused(evaluate, "alpaca", judge=namesake, **flags | {"name": "x", "max_new_tokens": 5})
+    assert "template refuses row 1 of the judge" in said and len(asked) == 3  # before answers
     assert [what for what, *_ in asked] == ["AlpacaEval", "duels", "duels"] and out != elsewhere
     flags = dict(outputs=out.parent / "model_outputs.json", reference=reference, model="", name="x")
     _, again = evaluate("alpaca", judge=folder, **flags)

@@ -138,7 +138,7 @@ def curve_table(arms: dict[str, list[Series]]):
                 for mean, error in (found[0], found[-1]):
                     text = f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan")
                     cells.append(text.replace("nan", ""))
-            rows.append([name + f" ({'/'.join(counts)})" * bool(counts), *cells])
+            rows.append([f"{name} ({'/'.join(counts)})" if counts else name, *cells])
     print_table(header, rows)
     print(f"eval/ is held out; all else are means of {WINDOW} steps")
     for arm, seeds in arms.items():
@@ -248,7 +248,8 @@ def samples(options: Namespace):
         raise BadInput(f"{options.run}: --steps: there are {there}"[:300])
     parts = [f'<!doctype html><meta charset="utf-8"><title>{name}</title>{STYLE}<h1>{name}</h1>']
     for step in steps:
-        parts.append(f"<details{' open' * (step == steps[0])}><summary>step {step}</summary>")
+        details = "<details open>" if step == steps[0] else "<details>"
+        parts.append(f"{details}<summary>step {step}</summary>")
         for kind, lines in groups[step].items():
             parts += [f"<h3>{html.escape(kind)}</h3>", *group_tables(lines)]
         parts.append("</details>")
