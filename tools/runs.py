@@ -144,7 +144,7 @@ def curve_table(arms: dict[str, list[Series]]):
     for arm, seeds in arms.items():
         lasts = ", ".join(str(max(map(max, series.values()))) for series in seeds)
         over = "seeds" if len(seeds) > 1 else "prompts"
-        print(f"{arm}: n {len(seeds)}, ± over {over}; to step {lasts}")
+        print(f"{cut(arm, 60)}: n {len(seeds)}, ± over {over}; to step {lasts}")
 
 
 def curves(options: Namespace):
