@@ -2,7 +2,7 @@
 
     python eval.py alpaca      --model M --judge J         AlpacaEval 2: win rates
     python eval.py alpaca      --outputs FILE --judge J    of answers from elsewhere
-    python eval.py alpaca      --annotations FILE          of judgements from elsewhere
+    python eval.py alpaca      --annotations A.json B.json of judgements from elsewhere
     python eval.py rewardbench --model M                   M is the judge; --lists: other data
     python eval.py reasoning   --model M                   answers to --problems
     python eval.py all         --model A B --judge J       all three, and how B differs from A
@@ -17,12 +17,13 @@ later, or by another judge. OUT_DIR/NAME/COMMAND has results.json, samples.json,
 model_outputs.json, JUDGE/annotations.json (alpaca_eval), eval-set/ORG/MODEL.json (rewardbench).
 
 How this differs from the official tools: the judge is a local model; length control has no penalty
-(within 0.1 of theirs), goes by instruction, not by row, and has an error; judge lists are shown in
-two orders, in the prompt that the referee was trained on; what is missing is missing, not 0."""
+(within 0.12 of theirs) and has an error; judge lists are shown in two orders, in the prompt that
+the referee was trained on; what is missing is missing, not 0, and counted. A prompt that does not
+fit the context of its model is not asked: it is left out of the score, and a note says how many."""
 import argparse
 import csv
+import gc
 import hashlib
-import html
 import importlib.util
 import json
 import math
@@ -31,23 +32,29 @@ import random
 import re
 import subprocess
 import sys
+import textwrap
 from argparse import Namespace
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
+import transformers
+from jinja2 import TemplateError
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 import data_prep
 import urpo
-from data_prep import BadInput
+from data_prep import BadInput, in_one_line, tiny_quality, without_thoughts
+from tools.runs import WIDTH, curves, cut, print_table, read_verdict, samples
+
 
 # ================================================================================= Scores
+# Every number that is printed has its error and its n beside it. Two models answer the same
+# prompts, and a hard prompt is hard for both: an error of their difference that took them for
+# independent would be far too large. So a score remembers what each prompt adds to its deviation.
 class Score(NamedTuple):
     """A score in percent (NaN: missing). The squares of its `parts` add up to its squared error:
     there is one for each independent unit, a prompt or a bootstrap draw. Sums and differences are
@@ -59,155 +66,241 @@ class Score(NamedTuple):
 
     @property
     def error(self) -> float:
-        return math.sqrt(math.fsum(part**2 for part in self.parts.values()))
+        squares = math.fsum(part**2 for part in self.parts.values())
+        return math.nan if math.isnan(self.value) else math.sqrt(squares)
 
     def __str__(self):
-        error = "" if math.isnan(self.error) else f" ± {self.error:.2f}"
-        return "missing" if math.isnan(self.value) else f"{self.value:.2f}{error}"
+        text = f"{self.value:.2f} ± {self.error:.2f}".removesuffix(" ± nan")  # of a single prompt
+        return text.replace("nan", "missing")
 
     def record(self) -> dict:
-        value, error = [None if math.isnan(x) else x for x in (self.value, self.error)]
+        """For JSON, which has no NaN."""
+        value = None if math.isnan(self.value) else self.value
+        error = None if math.isnan(self.error) else self.error
         return {"value": value, "error": error, "n": self.n, "note": self.note}
+
 
 def percent(observed: list[tuple[str, float | None]], note="") -> Score:
     """The mean of (prompt, value in [0, 1]) pairs; a value None is left out. With one row a prompt
-    the error is the deviation (ddof 1) over the root of n; equal prompts count as one in it."""
+    the error is the deviation (ddof 1) over the root of n; equal prompts count as one in it.
+
+    >>> old = percent([("p", 0), ("q", 1), ("r", 1)])
+    >>> new = percent([("p", 1), ("q", 1), ("r", 1)])
+    >>> str(old), str(combined([new, old], [1, -1]))  # on q and r nothing has changed
+    ('66.67 ± 33.33', '33.33 ± 33.33')
+    """
     known = [(prompt, 100 * value) for prompt, value in observed if value is not None]
     if not known:
         return Score(note=note)
-    mean, parts = math.fsum(value for _, value in known) / len(known), Counter()
+    mean = math.fsum(value for _, value in known) / len(known)
+    parts = Counter()
     for prompt, value in known:
         parts[prompt] += (value - mean) / len(known)
+
     units = len(parts)
     scale = math.sqrt(units / (units - 1)) if units > 1 else math.nan  # one alone shows no spread
-    note += f" {units} different prompts" * (units < len(known))
     return Score(mean, {prompt: part * scale for prompt, part in parts.items()}, len(known), note)
 
+
 def combined(scores: list[Score], weights: list[float] | None = None, note="") -> Score:
-    """The sum of weight * score; without weights the plain mean."""
-    value, parts, weights = 0.0, Counter(), weights or [1 / len(scores)] * len(scores)
-    for score, weight in zip(scores, weights, strict=True):
+    """The sum of weight * score; without weights the plain mean. Missing if one of them is."""
+    value, parts = 0.0, Counter()
+    for score, weight in zip(scores, weights or [1 / len(scores)] * len(scores), strict=True):
         value += weight * score.value
         for unit, part in score.parts.items():
             parts[unit] += weight * part
     return Score(value, parts, sum(score.n for score in scores), note)
 
-def print_table(header: list, rows: list[list]):
-    table = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in [table[0], ["-" * width for width in widths], *table[1:]]:
-        print("|", " | ".join(map(str.ljust, row, widths)), "|")
 
 # ================================================================================= Asking a model
+# Answers are slow, scores are quick. So answers are kept in files, in chunks, and all else is
+# computed anew at each start. A file's name is a digest of everything that decides its answers (the
+# model's weights, the prompts' token ids, the limits, the seed): it is looked up before we ask.
 CHUNK = 64  # answers that are asked for and kept together: what a kill costs at most
-NO_ANSWER = {"text": "", "truncated": True, "top": []}
+TOP = 5  # the likeliest tokens of the judge are looked at, as the official configuration does
+
 
 class Evaluation:
     """One model: what it and its judge are asked, and the results. Alike on every rank."""
 
-    def __init__(self, options: Namespace, model: str, name: str, ranks: urpo.Ranks):
-        self.options = Namespace(**vars(options) | {"model": model, "name": name})
-        self.ranks, self.name, self.loaded = ranks, name, ("", None)
+    def __init__(self, options: Namespace, ranks: urpo.Ranks, name: str, model: str, file: str):
+        own = {"name": name, "model": model, "annotations": file}
+        self.options, self.ranks = Namespace(**vars(options) | own), ranks
+        self.rehearsal = False  # what is wrong is found, nothing is asked or written
         self.home = Path(options.out_dir) / name
         self.trial = f"-limit{options.limit}" if options.limit else ""
-        names = "device", "stop_tokens", "rollout_tokens", "max_new_tokens", "judge_max_new_tokens"
-        self.config = urpo.Config(**{name: getattr(options, name) for name in names})
-        self.whose, owner = identity(model or options.outputs), self.home / "model.json"
-        if self.whose and owner.exists() and json.dumps(self.whose) not in owner.read_text():
-            raise BadInput(f"{self.home} holds answers of another {self.name}: give a --name")
+        self.loaded = "", None  # a model's name, its actor
+        shared = "device", "rollout_tokens", "max_new_tokens", "judge_max_new_tokens"
+        self.config = urpo.Config(**{setting: getattr(options, setting) for setting in shared})
+        self.check_owner("model.json", model or options.outputs)
 
-    def ask(self, what: str, model: str, prompts: list, limit: int, n=1, temperature=0.0):
-        """n answers to each prompt [P], in order, on all ranks, asked now or at an earlier start.
-        NO_ANSWER where there is no prompt, or it and `limit` more tokens exceed the context."""
-        ranks, (_, context) = self.ranks, urpo.load_tokenizer(model)
-        stop = self.options.stop_tokens if model == self.options.model else ""
+    def check_owner(self, path: str, model: str):
+        """BadInput if this file says that the folder it is in belongs to another model."""
+        owner = self.home / path
+        if owner.exists() and owner.read_text() != json.dumps(identity(model)):
+            raise BadInput(f"{owner.parent} holds answers of another {owner.parent.name}: give a "
+                           "--name, or for another judge another --out_dir")
+
+    def texts(self, what: str, model: str, prompts: list, limit: int, n=1, temperature=0.0) -> list:
+        """For each prompt [P] n answers {"text", "truncated"} within `limit` tokens, or None."""
+        def answer(actor: urpo.Actor, asked: list[list[int]]) -> list:
+            groups = urpo.sample(actor.model, asked, n, [limit] * len(asked), temperature,
+                                 actor.stop_ids, self.options.rollout_tokens)
+            return [spoken(actor, *group) for group in zip(asked, groups)]
+
+        if self.rehearsal:  # empty answers: enough to see whether what follows would fit
+            return [[{"text": "", "truncated": False}] * n] * len(prompts)
         # what decides an answer, besides its prompt
-        how = [what == "duels", identity(model), limit, n, stop, temperature]
-        how += [self.options.seed] * (temperature > 0)
-        fitting = [i for i, ids in enumerate(prompts) if ids and len(ids) + limit <= context]
-        fitting.sort(key=lambda i: len(prompts[i]))  # alike: little padding
-        chunks, size, answers = {}, max(1, CHUNK // n), [[NO_ANSWER] * n for _ in prompts]
-        for start in range(0, len(fitting), size):
-            chunk = fitting[start : start + size]
-            question = json.dumps([how, [prompts[i] for i in chunk]])
-            chunks[hashlib.sha256(question.encode()).hexdigest()[:24]] = chunk
-        missing = [key for key in chunks if not (self.home / f"answers/{key}.json").exists()]
-        ranks.gather(None)  # all have looked
+        decides = ["text", identity(model), limit, n, self.options.stop_tokens, temperature]
+        decides += [self.options.seed] if temperature else []
+        chunks = self.chunks(prompts, decides, max(1, CHUNK // n))
+        self.fill(what, model, chunks, answer)
+        return self.collect(chunks, len(prompts))
+
+    def duels(self, judge: str, prompts: list) -> list:
+        """For each prompt [P] the likeliest next tokens [[text, log-prob], ...], or None."""
+        chunks = self.chunks(prompts, ["duel", identity(judge)], CHUNK)
+        self.fill("duels", judge, chunks, likeliest_tokens)
+        return self.collect(chunks, len(prompts))
+
+    def chunks(self, prompts: list, decides: list, size: int) -> dict[str, dict[int, list[int]]]:
+        """File -> the prompts that are asked together, by their places. Those that do not fit the
+        context are in no chunk, nor those that there is nothing to ask about."""
+        places = [i for i, ids in enumerate(prompts) if ids]
+        places.sort(key=lambda i: len(prompts[i]))  # alike: little padding
+        chunks = {}
+        for start in range(0, 0 if self.rehearsal else len(places), size):
+            chunk = {i: prompts[i] for i in places[start : start + size]}
+            question = json.dumps([decides, start, *chunk.values()])  # start: twins are two chunks
+            chunks[f"answers/{digest(question)}.json"] = chunk
+        return chunks
+
+    def fill(self, what: str, model: str, chunks: dict, answer):
+        """Ask for the chunks that are not kept yet; the ranks take turns."""
+        # every rank sees the same files, and takes every world-th of the missing ones
+        missing = [file for file in chunks if not (self.home / file).exists()]
+        self.ranks.gather(None)  # all have looked
         if missing:
-            self.write("model.json", self.whose)
+            self.write("model.json", identity(self.options.model or self.options.outputs))
             if self.loaded[0] != model:
-                self.loaded = ("", None)  # frees the memory of the one before
-                self.config.stop_tokens = stop
-                self.loaded = model, urpo.load_actor(model, self.config, ranks, trainable=False)
-            with ranks.unsharded(self.loaded[1].model):
-                for key in tqdm(missing[ranks.rank :: ranks.world], what, disable=not ranks.main):
-                    torch.manual_seed(int(key, 16) % 2**63)  # --seed is in the key
-                    some = [prompts[i] for i in chunks[key]], limit, n, temperature
-                    self.write(f"answers/{key}.json", self.answer(what, *some))
-        ranks.gather(None)  # all have written
-        for key, chunk in chunks.items():
-            found = json.loads((self.home / f"answers/{key}.json").read_bytes())
-            for i, of_prompt in zip(chunk, found, strict=True):
-                answers[i] = of_prompt
+                self.drop_model()  # before the next one comes
+                own = model == self.options.model  # the judge has its own stop tokens
+                self.config.stop_tokens = self.options.stop_tokens if own else ""
+                self.loaded = model, urpo.load_actor(model, self.config, self.ranks, False)
+            mine = missing[self.ranks.rank :: self.ranks.world]
+            with self.ranks.unsharded(self.loaded[1].model):
+                for file in tqdm(mine, what, disable=not self.ranks.main):
+                    torch.manual_seed(int(digest(file), 16) % 2**63)  # --seed is in the name
+                    self.write(file, answer(self.loaded[1], [*chunks[file].values()]))
+        self.ranks.gather(None)  # all have written
+
+    def collect(self, chunks: dict, count: int) -> list:
+        """The answers in the order of the prompts, None where there is none."""
+        answers = [None] * count
+        for file, chunk in chunks.items():
+            with in_one_line(f"{self.home / file}: damaged; without it we ask again", TypeError):
+                found = json.loads((self.home / file).read_bytes())
+                for place, answer in zip(chunk, found, strict=True):
+                    answers[place] = answer
         return answers
 
-    @torch.no_grad()
-    def answer(self, what: str, prompts: list[list[int]], limit: int, n: int, temperature: float):
-        """n times {"text", "truncated"} for each prompt; of a duel {"top": [[token, log-prob]]}."""
-        actor, answers = self.loaded[1], []
-        for ids in prompts if what == "duels" else []:
-            ids = torch.tensor([ids], device=actor.model.get_input_embeddings().weight.device)
-            logits = actor.model(ids, logits_to_keep=1).logits[0, -1].float()
-            logprobs, tokens = logits.log_softmax(-1).topk(TOP)
-            texts = [actor.tokenizer.decode([token]) for token in tokens.tolist()]
-            answers.append([{"top": list(zip(texts, logprobs.tolist()))}])
-        if what != "duels":
-            for group in urpo.sample(actor.model, prompts, n, [limit] * len(prompts), temperature,
-                                     actor.stop_ids, self.options.rollout_tokens):
-                texts = [(actor.text(c.ids), c.truncated) for c in group]
-                answers.append([{"text": text, "truncated": cut} for text, cut in texts])
-        return answers
+    def drop_model(self):
+        self.loaded = "", None
+        gc.collect()  # a sharded model refers to itself: no longer named, it would still be there
 
     def write(self, name: str, value):
         """Whole or not at all; by rank 0, but for answers."""
-        if self.ranks.main or name.startswith("answers/"):
+        if (self.ranks.main or name.startswith("answers/")) and not self.rehearsal:
             path = self.home / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".tmp").write_text(json.dumps(value, indent=1, allow_nan=False))
-            path.with_suffix(".tmp").replace(path)
+            draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another command has its own
+            draft.write_text(json.dumps(value, indent=1, allow_nan=False))
+            draft.replace(path)
 
     def finish(self, folder: str, scores: dict[str, Score], notes: dict) -> dict[str, Score]:
         """Write results.json, say where and what is to be noted -> the scores."""
+        command = self.options.command
         git = subprocess.run("git describe --always --dirty || echo unknown", shell=True, text=True,
                              cwd=Path(__file__).parent, capture_output=True).stdout.strip()
-        versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
-        records = {name: score.record() for name, score in scores.items()}
+        flags = {f: vars(self.options)[f] for of, f, *_ in FLAGS if command in of.split()}
         self.write(f"{folder}/results.json", {
-            "scores": records, "notes": notes, "trial": bool(self.trial),
-            "settings": vars(self.options), "versions": versions | {"git": git}})
-        if self.ranks.main:
-            said = [f"{value} {name}" for name, value in notes.items()]
-            print(f"{self.home / folder}: {', '.join(said)}", flush=True)
+            "scores": {name: score.record() for name, score in scores.items()}, "notes": notes,
+            "settings": flags | {"command": command}, "trial": bool(self.trial), "git": git,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
+        if self.ranks.main and not self.rehearsal:
+            said = ", ".join(f"{value} {name}" for name, value in notes.items())
+            print(textwrap.fill(f"{self.home / folder}: {said}", WIDTH), flush=True)
         return scores
+
+
+def spoken(actor: urpo.Actor, prompt_ids: list[int], group: list[urpo.Completion]) -> list[dict]:
+    """Some templates write <think> themselves: without it in front of what was said, thoughts that
+    never end would read like an answer."""
+    opened = "<think>" if actor.text(prompt_ids[-4:]).rstrip().endswith("<think>") else ""
+    return [{"text": opened + actor.text(c.ids), "truncated": c.truncated} for c in group]
+
+
+@torch.no_grad()
+def likeliest_tokens(actor: urpo.Actor, prompts: list[list[int]]) -> list[list[tuple[str, float]]]:
+    """For each prompt the TOP tokens that the model would most likely go on with, and their
+    log-probs. Nothing is sampled: with the probabilities of two answers a verdict has degrees."""
+    found = []
+    for ids in map(torch.tensor, prompts):
+        logits = actor.model(ids[None].to(actor.model.device), logits_to_keep=1).logits[0, -1]
+        logprobs, tokens = logits.float().log_softmax(-1).topk(TOP)
+        found.append(list(zip(map(actor.tokenizer.decode, tokens.tolist()), logprobs.tolist())))
+    return found
+
+
+def digest(text: str) -> str:
+    """24 hexadecimal digits: two texts with the same are not to be expected, ever."""
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
 
 def identity(name: str) -> str:
     """Of a file or a folder's weights: names, sizes, times. A Hub name stands for itself."""
     files = sorted(Path(name).glob("*.safetensors")) or [Path(name)]
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16] if stats else name
+    return digest(repr(stats)) if stats else name
+
+
+def short_name(of: str) -> str:
+    """What a model or a judge is called: runs/a/final is a, ORG/b is b. It names folders, too.
+
+    >>> short_name("runs/tiny-1/final"), short_name("Qwen/Qwen2.5-7B"), short_name("my model/")
+    ('tiny-1', 'Qwen2.5-7B', 'my_model')
+    """
+    path = Path(of).resolve()
+    name = path.parent.name if path.name == "final" else path.name
+    return cut(re.sub(r"[^\w.+-]", "_", name), 120)
+
+
+def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
+    """The prompt `make(tokenizer, item)` of each item ([]: nothing to ask), None where with `limit`
+    more tokens it exceeds the model's context. BadInput if none is left (there would be no score),
+    or if the chat template refuses one: some want no system message, some turns that alternate."""
+    tokenizer, context = urpo.load_tokenizer(model)
+    prompts = []
+    for number, item in enumerate(items, 1):
+        with in_one_line(f"{model}: its template refuses row {number} of {what}", TemplateError):
+            ids = make(tokenizer, item)
+        prompts.append(ids if ids is not None and len(ids) + limit <= context else None)
+    if prompts.count(None) == len(items) > 0:
+        raise BadInput(f"{model}: no prompt of {what} fits: its context of {context} tokens has to "
+                       f"hold {limit} new ones, too")
+    return prompts
+
 
 # ================================================================================= Reading
-def read_lines(path: Path) -> list[dict]:
-    """Of a JSONL file of ours, without a last line that is cut (by a kill, or written just now)."""
-    try:
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except ValueError as error:
-        raise BadInput(f"{path}: a line that is not JSON: {error}")
-
+# A benchmark with a row less is another benchmark: in training a bad row may be dropped, here it is
+# an error that names the file, the row and what was expected.
 def read_rows(source: str, *columns: str) -> list:
-    """Raw rows of a file or Hub set, with strings in these columns, numbers as `preference`."""
+    """Raw rows of a file or Hub set, with strings in these columns, numbers as `preference`. What
+    reads the file (data_prep.load) has put half surrogates where its bytes are no text."""
     rows = list(data_prep.load(data_prep.parse_source(source), random.Random(0)))
     for i, row in enumerate(rows, 1):
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
+            raise BadInput(f"{source}: row {i}: half a surrogate pair, which no tokenizer takes")
         if not all(isinstance(row, dict) and isinstance(row.get(c), str) for c in columns):
             raise BadInput(f"{source}: row {i}: expected strings as {', '.join(columns)}")
         if columns and not isinstance(row.get("preference", 0), (int, float, type(None))):
@@ -216,10 +309,11 @@ def read_rows(source: str, *columns: str) -> list:
         raise BadInput(f"{source}: has no rows")
     return rows
 
+
 def read_tasks(source: str, kind: str, limit: int) -> list[tuple[dict, dict]]:
     """(raw row, task) of one kind. Rows of our own format and another kind are left out; any other
     row that is of no use is an error: benchmarks have none to spare."""
-    rows, found = enumerate(read_rows(source), 1), []
+    found, rows = [], enumerate(read_rows(source), 1)
     rows = [(i, r) for i, r in rows if not isinstance(r, dict) or r.get("kind", kind) == kind]
     for number, row in rows[: limit or None]:
         if isinstance(row, dict) and isinstance(row.get("final_answer"), list):  # OlympiadBench
@@ -235,46 +329,62 @@ def read_tasks(source: str, kind: str, limit: int) -> list[tuple[dict, dict]]:
         raise BadInput(f"{source}: has no rows of kind {kind}")
     return found
 
+
 def set_name(source: str) -> str:
     """aime24/test.jsonl is aime24, openai/gsm8k@main#test is gsm8k."""
     path = Path(data_prep.parse_source(source).name)
     name = re.sub(r"\.(jsonl?|parquet)$", "", path.name)
     return path.parent.name if name in ("test", "train") and path.parent.name else name
 
+
 # ================================================================================= AlpacaEval 2
 HUB = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"  # of gpt4_1106_preview
-TOP = 5  # the likeliest tokens of the judge are looked at, as the official configuration does
 DRAWS = 1000  # of the bootstrap: its error is known to 2 %
+
 
 def is_switched(instruction: str) -> bool:
     """Is the judge shown the model first? (processors.py, RandomSwitchTwoColumnsProcessor)"""
     return random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]
 
+
 def preference_from_logprobs(logprobs: dict[str, float], switched: bool) -> float | None:
     """1 (the reference wins) to 2 (the model), from the top log-probs of the judge's one token:
     1 + p_M / (p_m + p_M), where `m` was shown first (completion_parsers.py, logprob_parser). What
     is outside of the top has probability 0; with neither there is no verdict."""
-    lead = logprobs.get("M", -math.inf) - logprobs.get("m", -math.inf)
-    preference = None if math.isnan(lead) else 1.5 + math.tanh(lead / 2) / 2
-    return 3 - preference if preference and switched else preference
+    if not logprobs.keys() & {"m", "M"}:
+        return None
+    never = -1e9  # a log-prob: as good as probability 0
+    lead = logprobs.get("M", never) - logprobs.get("m", never)
+    preference = 1.5 + math.tanh(lead / 2) / 2  # the same ratio, and it cannot overflow
+    return 3 - preference if switched else preference
+
 
 def outcome(preference: float | None) -> float:
     """P(the model is preferred), from a preference in [1, 2]; 0 is an old spelling of a draw. None,
-    NaN, or out of range (the cache writes -1) was never judged: NaN; it is left out, not lost."""
+    NaN, or out of range (the cache writes -1) was never judged: NaN; it is left out, not lost.
+
+    >>> outcome(1.25), outcome(0), outcome(None)
+    (0.25, 0.5, nan)
+    """
     if preference == 0:
         return 0.5
     return preference - 1 if preference is not None and 1 <= preference <= 2 else math.nan
 
+
 def win_rates(annotations: list[dict]) -> tuple[Score, Score, dict[str, int]]:
     """-> win rate, discrete win rate, counts (alpaca_eval metrics/helpers.py, metrics/winrate.py).
     Only an exact 1.5 is a draw; anything else is won by the nearer side."""
-    wins = [(row["instruction"], outcome(row["preference"])) for row in annotations]
-    judged = [(instruction, win) for instruction, win in wins if not math.isnan(win)]
-    discrete = [(instruction, (1 + (win > 0.5) - (win < 0.5)) / 2) for instruction, win in judged]
-    count, n = Counter(win for _, win in discrete), len(judged)
+    judged, discrete = [], []
+    for row in annotations:
+        win = outcome(row["preference"])
+        if not math.isnan(win):
+            judged.append((row["instruction"], win))
+            discrete.append((row["instruction"], (1 + (win > 0.5) - (win < 0.5)) / 2))
+    count = Counter(win for _, win in discrete)
     return percent(judged), percent(discrete), {
-        "n_wins": count[1.0], "n_wins_base": count[0.0], "n_draws": count[0.5], "n_total": n,
-        "without a verdict": len(wins) - n}
+        "n_wins": count[1.0], "n_wins_base": count[0.0], "n_draws": count[0.5],
+        "n_total": len(judged), "without a verdict": len(annotations) - len(judged)}
+
 
 def fit_logistic(X: Tensor, y: Tensor, s: Tensor) -> Tensor:
     """The w that minimises sum_i s_i CE(y_i, sigmoid(X_i w)), y in [0, 1], by Newton's method."""
@@ -288,6 +398,7 @@ def fit_logistic(X: Tensor, y: Tensor, s: Tensor) -> Tensor:
             break
     return w
 
+
 def length_controlled(rows: Tensor, gamed: Tensor) -> float:
     """Length-controlled win rate in percent, or NaN (alpaca_eval metrics/glm_winrate.py): the
     preference is fitted by sigmoid(w1 tanh(length difference) + w2 difficulty + w3), the score is
@@ -299,6 +410,9 @@ def length_controlled(rows: Tensor, gamed: Tensor) -> float:
     gamed  [m, 3], df_gamed.csv: the reference's own verbose and concise variants, their lengths in
            standard deviations. At weight 0.1 and without w3 they tie w1 and w2 down."""
     judged = rows[~rows[:, 0].isnan()]
+    # equal lengths say nothing about w1, and there is no fit; but draws with oneself are known
+    if len(judged) and (judged[:, 0] == 0.5).all() and not rows[:, 1].any():
+        return 50.0  # the reference against itself
     if len(judged) == 0 or not rows[:, 1].std() > 0:
         return math.nan
     lengths = judged[:, 1] / rows[:, 1].std()
@@ -308,30 +422,33 @@ def length_controlled(rows: Tensor, gamed: Tensor) -> float:
     w = fit_logistic(torch.cat([own, others]), torch.cat([judged[:, 0], gamed[:, 0]]), weights)
     return 100 * torch.sigmoid(w[1] * rows[:, 2] + w[2]).mean().item()
 
+
 def length_control(annotations: list[dict], levels: list[float], gamed: Tensor) -> Score:
     """`levels`: difficulties. The error is over DRAWS sets of rows, drawn with replacement, fitted
     anew. Models on the same instructions meet the same draws: their difference is paired."""
     wins = [outcome(row["preference"]) for row in annotations]
     lengths = [len(row["output_1"]) - len(row["output_2"]) for row in annotations]
     rows = torch.tensor([wins, lengths, levels], dtype=torch.float64).T
-    n, rng, draws = len(rows), torch.Generator().manual_seed(0), []
+    n, rng = len(rows), torch.Generator().manual_seed(0)
+    draws = []
     for _ in range(DRAWS):
         draws.append(length_controlled(rows[torch.randint(n, [n], generator=rng)], gamed))
+
     mean, scale = fmean(draws), math.sqrt(DRAWS - 1)
     parts = {f"draw {i}": (draw - mean) / scale for i, draw in enumerate(draws)}
     return Score(length_controlled(rows, gamed), parts, n, "error by bootstrap")
 
+
 def read_gamed(path: str) -> tuple[Tensor, list[float]]:
     """-> rows of df_gamed.csv [m, 3], difficulties of the instructions in published order."""
     gamed, difficulty, columns = [], {}, ("preference", "std_delta_len", "instruction_difficulty")
-    try:
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                gamed.append([float(row[column]) for column in columns])
-                difficulty[row["index"]] = gamed[-1][2]
-    except (LookupError, TypeError, ValueError):
-        raise BadInput(f"{path}: expected a table with numbers as index, {', '.join(columns)}")
+    expected = f"{path}: expected a table with numbers as index, {', '.join(columns)}"
+    with in_one_line(expected, LookupError, TypeError, csv.Error), open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            gamed.append([float(row[column]) for column in columns])
+            difficulty[row["index"]] = gamed[-1][2]
     return torch.tensor(gamed, dtype=torch.float64), list(difficulty.values())
+
 
 def duel_prompt(instruction: str, first: str, second: str) -> list[dict]:
     """The official judge prompt (alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt, Apache 2.0)."""
@@ -356,93 +473,142 @@ def duel_prompt(instruction: str, first: str, second: str) -> list[dict]:
         "no spaces, no new lines, ...): m or M.\n\n## Best Model Identifier"]
     return [{"role": "system", "content": system}, {"role": "user", "content": "".join(parts)}]
 
-def annotate(run: Evaluation, pairs: list[tuple[dict, dict]]) -> list[dict]:
-    """Pairs judged in the official way: one token, m or M, in the order that is_switched draws.
-    Equal outputs are a draw, not asked about. The tiny world's judge is the true quality."""
-    judge, annotations, prompts = run.options.judge, [], []
-    for one, two in pairs if judge else []:
-        shown, instruction = [one["output"], two["output"]], one["instruction"]
-        if is_switched(instruction):
-            shown.reverse()
-        ids = urpo.encode(urpo.load_tokenizer(judge)[0], duel_prompt(instruction, *shown))
-        prompts.append(ids if shown[0] != shown[1] else None)
-    answers = run.ask("duels", judge, prompts, 1) if judge else [[NO_ANSWER]] * len(pairs)
-    for (one, two), [answer] in zip(pairs, answers, strict=True):
-        instruction, top = one["instruction"], answer["top"]
-        # of two tokens that are spelled alike the likelier one overwrites the other
-        preference = preference_from_logprobs(dict(reversed(top)), is_switched(instruction))
-        if not judge:
-            ours, theirs = [data_prep.tiny_quality(instruction, x["output"]) for x in (two, one)]
-            preference = 1.5 + ((ours > theirs) - (ours < theirs)) / 2
-        if one["output"] == two["output"]:
-            preference = 1.5
-        tokens = [{"token": token, "logprob": logprob} for token, logprob in top]
-        raw = {"logprobs": {"content": [{"top_logprobs": tokens}]}} if top else None
-        annotations.append({
-            "instruction": instruction, "dataset": one.get("dataset", ""),
-            "output_1": one["output"], "generator_1": one.get("generator", "reference"),
-            "output_2": two["output"], "generator_2": run.name, "preference": preference,
-            "annotator": f"weighted_alpaca_eval_{Path(judge).name}" if judge else "true_quality",
-            "raw_completion": raw})
-    return annotations
 
-def alpaca_scores(annotations: list[dict], order: list[str], table) -> dict[str, Score]:
+def alpaca_scores(annotations: list[dict], order: list[str], table, published=False) -> dict:
     """`order`: the instructions of the whole set as published, to which the difficulties belong;
-    empty: not known. `table`: of read_gamed, or None."""
+    empty: not known. `table`: of read_gamed, or None. `published`: the judgements are not ours."""
     place = {instruction: i for i, instruction in enumerate(order)}
     places = [place.get(row["instruction"]) for row in annotations]
-    controlled = Score(note="needs --gamed df_gamed.csv, on the Hub in tatsu-lab/alpaca_eval")
-    if table and (len(place) != len(table[1]) or None in places):
+    if not table:
+        controlled = Score(note="needs --gamed df_gamed.csv, on the Hub in tatsu-lab/alpaca_eval")
+    elif len(place) != len(table[1]) or None in places:
         controlled = Score(note="needs --reference: the set that --gamed is for, in its order")
-    elif table:
+    else:
+        note = "error by bootstrap"
+        if published and places == sorted(set(places)) and places[-1] >= len(places):
+            # alpaca_eval takes line i of its table for row i, also where rows before it are
+            # missing. The published scores came about so; by instruction they would be others
+            places = range(len(places))
+            note += "; rows are missing: difficulties by row, as alpaca_eval has them"
         controlled = length_control(annotations, [table[1][i] for i in places], table[0])
+        controlled = controlled._replace(note=note)
+
     win_rate, discrete, _ = win_rates(annotations)
     return {"length-controlled win rate": controlled, "win rate": win_rate,
             "discrete win rate": discrete}
 
+
 def alpaca(run: Evaluation) -> dict[str, Score]:
-    """AlpacaEval 2: win rates against a reference."""
-    options, folder, judge = run.options, "alpaca" + run.trial, run.options.judge
-    # all that is read comes before anything is generated
-    reference, outputs, limit = [], [], options.limit or None
-    if options.tiny:  # compared with the first response of every held-out judge list
-        for _, task in read_tasks(options.lists[0], "preference", 0):
-            reference.append({"instruction": task["prompt"][-1]["content"],
-                              "output": task["responses"][0], "generator": "stored responses"})
+    """AlpacaEval 2: win rates against a reference. Read, judge, count."""
+    # ---- read: judgements, or answers, or the questions alone
+    options, notes, reference = run.options, Counter(), []
+    table = read_gamed(options.gamed) if options.gamed else None
+    if options.tiny:
+        reference = tiny_reference(options)
     elif options.reference or not options.annotations:
         reference = read_rows(options.reference or HUB, "instruction", "output")
-    table = read_gamed(options.gamed) if options.gamed else None
     order = list(dict.fromkeys(row["instruction"] for row in reference))
-    reference = reference[:limit]
     if options.annotations:
-        rows = read_rows(options.annotations, "instruction", "output_1", "output_2")[:limit]
-        annotations = [{"preference": None, "annotator": "unknown"} | row for row in rows]
+        annotations = read_annotations(options.annotations)[: options.limit or None]
     else:
-        if options.outputs:
-            outputs = read_rows(options.outputs, "instruction", "output")
-        else:  # the model's own, for our judge and for `alpaca_eval --model_outputs`
-            tokenizer, _ = urpo.load_tokenizer(options.model)
-            chats = [data_prep.chat(row["instruction"]) for row in reference]
-            prompts = [urpo.encode(tokenizer, chat) for chat in chats]
-            how = options.max_new_tokens, 1, options.temperature
-            for row, [answer] in zip(reference, run.ask("answers", options.model, prompts, *how)):
-                outputs.append({
-                    "dataset": row.get("dataset", ""), "instruction": row["instruction"],
-                    "output": answer["text"].strip(), "generator": run.name})
-            run.write(f"{folder}/model_outputs.json", outputs)
-        of = {row["instruction"]: row for row in outputs}
-        pairs = [(r, of[r["instruction"]]) for r in reference if r["instruction"] in of]
-        if not pairs or not judge and not options.tiny:
-            return run.finish(folder, {}, {"answers to the reference, not judged": len(pairs)})
-        annotations = annotate(run, pairs)
-    folder += "/" + annotations[0]["annotator"].replace("/", "_")
-    if not options.annotations:
-        run.write(f"{folder}/annotations.json", annotations)
+        # ---- judge
+        answers = given_answers if options.outputs else own_answers
+        pairs = answers(run, reference[: options.limit or None], notes)
+        if not options.judge and not options.tiny:
+            return run.finish(f"alpaca{run.trial}", {}, {"answers, not judged": len(pairs)})
+        annotations = annotate(run, pairs, notes)
+
+    # ---- count
+    annotator = annotations[0]["annotator"]
+    scores = alpaca_scores(annotations, order, table, bool(options.annotations))
+    note = f"judged by {annotator}"
+    if options.judge and identity(options.judge) == identity(options.model):
+        note += ", which is the model itself"
+    scores["win rate"] = scores["win rate"]._replace(note=note)
     counts = win_rates(annotations)[2]
     counts["avg_length"] = sum(len(row["output_2"]) for row in annotations) // len(annotations)
-    return run.finish(folder, alpaca_scores(annotations, order, table), counts)
+    return run.finish(f"alpaca{run.trial}/{short_name(annotator)}", scores, counts | +notes)
+
+
+def read_annotations(file: str) -> list[dict]:
+    """Judgements from elsewhere; they hold their reference."""
+    rows = read_rows(file, "instruction", "output_1", "output_2")
+    missing = {"preference": None, "annotator": "unknown", "generator_2": "unknown"}
+    return [missing | row for row in rows]
+
+
+def given_answers(run: Evaluation, reference: list[dict], notes: Counter) -> list[tuple]:
+    """(reference, output) pairs with the same instruction to the letter, as the official tool joins
+    them. What finds no other half is counted."""
+    outputs = read_rows(run.options.outputs, "instruction", "output")
+    of = {row["instruction"]: row for row in reversed(outputs)}  # of two the first counts
+    pairs = [(row, of.pop(row["instruction"])) for row in reference if row["instruction"] in of]
+    notes["rows of the reference without an output"] = len(reference) - len(pairs)
+    notes["outputs that the reference has no row for, to the letter"] = len(of)
+    notes["outputs to an instruction that had one before"] = len(outputs) - len(of) - len(pairs)
+    if not pairs:
+        raise BadInput(f"{run.options.outputs}: no instruction in common with the reference: there "
+                       f"{reference[0]['instruction'][:60]!r}, here {[*of][0][:60]!r}")
+    return pairs
+
+
+def own_answers(run: Evaluation, reference: list[dict], notes: Counter) -> list[tuple]:
+    """Ask the model -> pairs; its outputs are for `alpaca_eval --model_outputs`, too."""
+    options, pairs = run.options, []
+    limit, chats = options.max_new_tokens, [data_prep.chat(r["instruction"]) for r in reference]
+    prompts = prompts_of(options.model, chats, urpo.encode, limit, "AlpacaEval")
+    answers = run.texts("AlpacaEval", options.model, prompts, limit, 1, options.temperature)
+    for row, answer in zip(reference, answers):
+        if answer:
+            output = without_thoughts(answer[0]["text"]).strip()
+            own = {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
+            pairs.append((row, own | {"output": output, "generator": options.name}))
+    run.write(f"alpaca{run.trial}/model_outputs.json", [output for _, output in pairs])
+    notes["not asked: longer than the model's context"] = prompts.count(None)
+    return pairs
+
+
+def annotate(run: Evaluation, pairs: list[tuple[dict, dict]], notes: Counter) -> list[dict]:
+    """The verdicts on all pairs, as the official annotations.json has them."""
+    judge, annotations = run.options.judge, []
+    annotator = f"weighted_alpaca_eval_{short_name(judge)}" if judge else "true_quality"
+    folder = f"alpaca{run.trial}/{annotator}"
+    run.check_owner(f"{folder}/judge.json", judge)
+    verdicts = judge_pairs(run, pairs, notes) if judge else tiny_verdicts(pairs)
+    for (one, two), preference in zip(pairs, verdicts, strict=True):
+        annotations.append({
+            "instruction": one["instruction"], "dataset": one.get("dataset", ""),
+            "output_1": one["output"], "generator_1": one.get("generator", "reference"),
+            "output_2": two["output"], "generator_2": run.options.name, "preference": preference,
+            "annotator": annotator})
+    run.write(f"{folder}/judge.json", identity(judge))
+    run.write(f"{folder}/annotations.json", annotations)
+    return annotations
+
+
+def judge_pairs(run: Evaluation, pairs: list[tuple[dict, dict]], notes: Counter) -> list:
+    """The preferences, judged in the official way: one token, m or M, in the order that is_switched
+    draws. Equal outputs are a draw, and not asked about."""
+    def make(tokenizer, pair: tuple[dict, dict]) -> list[int]:
+        outputs, instruction = [row["output"] for row in pair], pair[0]["instruction"]
+        if outputs[0] == outputs[1]:
+            return []
+        shown = outputs[::-1] if is_switched(instruction) else outputs
+        return urpo.encode(tokenizer, duel_prompt(instruction, *shown))
+
+    prompts, preferences = prompts_of(run.options.judge, pairs, make, 1, "the judge"), []
+    notes["not judged: longer than the judge's context"] = prompts.count(None)
+    for (one, _), ids, top in zip(pairs, prompts, run.duels(run.options.judge, prompts)):
+        logprobs = dict(reversed(top or []))  # of two tokens spelled alike the likelier one counts
+        preference = preference_from_logprobs(logprobs, is_switched(one["instruction"]))
+        preferences.append(1.5 if ids == [] else preference)
+    return preferences
+
 
 # ================================================================================= RewardBench 1, 2
+# The model is the judge: of two responses (RewardBench 2: four) it should prefer the right one. A
+# judge that likes whatever comes first would have half of the points by luck. So each list is shown
+# in a random order and in the reverse of it, and `flip` says how often the verdict went with it.
 # rewardbench/constants.py: SUBSET_MAPPING, EXAMPLE_COUNTS. The weights are constants, whatever was
 # evaluated; math-prm has 447 pairs, but weighs as much as the six code subsets together.
 SECTIONS = {
@@ -458,6 +624,7 @@ SECTIONS = {
 SUBSETS_2 = ["Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties"]  # of RewardBench 2
 HUB_1, HUB_2 = "allenai/reward-bench#filtered", "allenai/reward-bench-2#test"
 
+
 def rewardbench_sections(subsets: dict[str, Score]) -> dict[str, Score]:
     """Sections of RewardBench 1 and their mean, missing where a subset is (the official one,
     calculate_scores_per_section, counts an absent section as 0 and sees no absent subset)."""
@@ -472,6 +639,7 @@ def rewardbench_sections(subsets: dict[str, Score]) -> dict[str, Score]:
     mean = Score(note=f"{missing} subsets missing") if missing else combined([*scores.values()])
     return scores | {"mean of four sections": mean}
 
+
 def best_of(scores: list[float | None]) -> float:
     """Credit for a list whose first score is the right response's: 1/k if it is one of the k best.
     None, no valid score, is below all others; nothing but None makes a guess. Of four this is
@@ -483,27 +651,47 @@ def best_of(scores: list[float | None]) -> float:
     numbers = [-math.inf if score is None else score for score in scores]
     return 1 / numbers.count(numbers[0]) if numbers[0] == max(numbers) else 0.0
 
+
 def ties_score(items: list[dict]) -> Score:
     """Of the subset Ties (rewardbench/utils.py, process_single_model): 60% accuracy, 40% margins.
     items: {"id": "ref:3" or "tied:3", "scores", "num_correct"}, the right ones' scores first. "ref"
     has one, "tied" several, which should differ less from each other than from the wrong ones."""
-    margin, spread = {"ref": {}, "tied": {}}, {}
+    # margin: of the worst right response over the best wrong one; spread: among the right ones
+    margins, spread = {"ref": {}, "tied": {}}, {}
     for item in items:
         kind, prompt = item["id"].split(":")
         right, wrong = item["scores"][: item["num_correct"]], item["scores"][item["num_correct"] :]
-        margin[kind][prompt] = min(right) - max(wrong)
+        margins[kind][prompt] = min(right) - max(wrong)
         if kind == "tied":
             spread[prompt] = max(right) - min(right)
-    terms = [[(prompt, m > 0) for prompt, m in margin[kind].items()] for kind in ("tied", "ref")]
-    terms += [], [], []  # over the prompts with both kinds
-    for prompt in margin["tied"].keys() & margin["ref"].keys():
-        gap, smaller = spread[prompt], min(margin["ref"][prompt], margin["tied"][prompt])
-        ratio = smaller / gap if gap else math.copysign(math.inf, smaller)
-        terms[2].append((prompt, margin["tied"][prompt] > gap))
-        terms[3].append((prompt, smaller > gap))
-        terms[4].append((prompt, math.tanh(ratio - 1) if gap or smaller else 0.0))
-    score = combined([percent(term) for term in terms], [0.3, 0.3, 0.2, 0.2, 0.01], "at most 101")
-    return score._replace(n=len(margin["tied"] | margin["ref"]))
+    # a prompt of both kinds should be won by more than its right responses differ
+    ref, tied = margins["ref"], margins["tied"]
+    won, won_by_both, ratio = [], [], []
+    for prompt in filter(ref.__contains__, tied):  # with both kinds
+        gap, smaller = spread[prompt], min(ref[prompt], tied[prompt])
+        won.append((prompt, tied[prompt] > gap))
+        won_by_both.append((prompt, smaller > gap))
+        limit = (smaller > 0) - (smaller < 0)  # for a gap of 0; 0 for 0/0
+        ratio.append((prompt, math.tanh(smaller / gap - 1) if gap else limit))
+    if not ratio:
+        return Score(note="needs prompts with both kinds, ref and tied")
+    right = percent([(prompt, margin > 0) for prompt, margin in tied.items()])
+    ref_right = percent([(prompt, margin > 0) for prompt, margin in ref.items()])
+    terms = [right, ref_right, percent(won), percent(won_by_both), percent(ratio)]
+    score = combined(terms, [0.3, 0.3, 0.2, 0.2, 0.01], "at most 101")
+    return score._replace(n=len(tied | ref))
+
+
+# The judge's form belongs to urpo.py: this and read_verdict are all that is asked of it here.
+def judge_prompt(tokenizer, asked: tuple) -> list[int] | None:
+    """None where even cut responses do not fit."""
+    item, shown, rng, config = asked
+    try:
+        group = urpo.judge_group(item, item["responses"], shown, tokenizer, rng, config)
+    except ValueError:
+        return None
+    return group.prompt_ids
+
 
 def read_lists(options: Namespace) -> tuple[list[dict], int]:
     """-> lists with one best response, and Ties, as {"id", "subset", "prompt", "responses" (right
@@ -511,69 +699,89 @@ def read_lists(options: Namespace) -> tuple[list[dict], int]:
     lists, others = [], 0
     for source in options.lists or [HUB_2 if options.v2 else HUB_1]:
         for row, task in read_tasks(source, "preference", options.limit):
-            best_first = sorted(zip(task["scores"], task["responses"]), key=lambda pair: -pair[0])
-            right, texts = task["scores"].count(best_first[0][0]), [text for _, text in best_first]
-            subset = row.get("subset") or set_name(source)
-            ties = options.v2 and subset == "Ties"
+            scores, subset = task["scores"], row.get("subset") or set_name(source)
+            right, ties = scores.count(max(scores)), options.v2 and subset == "Ties"
+            if right > 1 and not ties or right == len(scores):
+                others += 1
+                continue
             if ties and not re.fullmatch("(ref|tied):[^:]+", str(row["id"])):
                 raise BadInput(f"{source}: row {row['id']}: id: expected ref:N or tied:N")
-            if right < len(texts) and (right == 1 or ties):
-                lists.append({"id": row["id"], "subset": subset, "prompt": task["prompt"],
-                              "responses": texts, "num_correct": right, "ties": ties})
-            others += right == len(texts) or right > 1 and not ties
+            if len(scores) > len(data_prep.LABELS) and not ties:
+                raise BadInput(f"{source}: row {row['id']}: more responses than there are letters")
+            best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
+            responses = [task["responses"][i] for i in best_first]
+            lists.append({"id": row["id"], "subset": subset, "prompt": task["prompt"],
+                          "responses": responses, "num_correct": right, "ties": ties})
     if not lists:
         raise BadInput("no list has one best response")
     return lists, others
 
+
 def judge_lists(run: Evaluation, lists: list[dict]):
     """Add `verdicts` to each list: scores of its responses in their own order, or None; one for a
-    random order of showing them, one for the reverse. Of Ties each response is shown alone."""
-    config, model, prompts, asked = run.config, run.options.model, [], []
-    tokenizer, context = urpo.load_tokenizer(model)
-    limit = config.judge_max_new_tokens
+    random order of showing them, one for the reverse. Of Ties each response is shown alone. What
+    does not fit adds nothing."""
+    config, model, asked = run.config, run.options.model, []
+    limit, (_, context) = config.judge_max_new_tokens, urpo.load_tokenizer(model)
     config.judge_prompt_tokens = min(config.judge_prompt_tokens, context - limit)
     for k, item in enumerate(lists):
         rng, everyone = random.Random(f"{run.options.seed}/{k}"), range(len(item["responses"]))
         order = rng.sample(everyone, len(everyone))
-        for shown in [[i] for i in everyone] if item["ties"] else [order, order[::-1]]:
-            asked.append((item, shown))
-            how = item["responses"], shown, tokenizer, rng, config
-            try:
-                prompts.append(urpo.judge_group(item, *how).prompt_ids)
-            except ValueError:  # does not fit, even cut: not asked
-                prompts.append(None)
         item |= {"verdicts": [], "critiques": []}
-    for (item, shown), [answer] in zip(asked, run.ask("judgements", model, prompts, limit)):
-        scores = urpo.parse_scores(answer["text"], len(shown))
-        in_order = [score for _, score in sorted(zip(shown, scores))] if scores else None
-        item["verdicts"].append(in_order)
-        item["critiques"].append(answer["text"])
+        for shown in [[i] for i in everyone] if item["ties"] else [order, order[::-1]]:
+            asked.append((item, shown, rng, config))
+    prompts = prompts_of(model, asked, judge_prompt, limit, "RewardBench")
+    answers = run.texts("RewardBench", model, prompts, limit)
+    for (item, shown, *_), answer in zip(asked, answers, strict=True):
+        if answer:
+            scores = read_verdict(answer[0]["text"], len(shown))
+            in_order = [score for _, score in sorted(zip(shown, scores))] if scores else None
+            item["verdicts"].append(in_order)
+            item["critiques"].append(answer[0]["text"])
+
+
+def winners(verdict: list[float]) -> set[int]:
+    """Which responses have the best score: one of them, or several that are tied.
+
+    >>> winners([3, 9, 9])
+    {1, 2}
+    """
+    return {i for i, score in enumerate(verdict) if score == max(verdict)}
+
 
 def credit(item: dict) -> dict:
     """What two orders of a list earn. `score`: official credit. `strict`: a tie or no verdict is
-    wrong. `flip`: the orders have no best response in common. `parsed`: share of verdicts."""
-    verdicts, best = item["verdicts"], []
-    for verdict in filter(None, verdicts):
-        best.append({i for i, score in enumerate(verdict) if score == max(verdict)})
+    wrong. `flip`: the orders have no best response in common. `parsed`: share of verdicts.
+
+    >>> credit({"verdicts": [[9, 2], [5, 5]], "responses": ["good", "bad"], "ties": False})
+    {'score': 0.75, 'strict': 0.5, 'flip': 0.0, 'parsed': 1.0}
+    """
+    verdicts, size = item["verdicts"], len(item["responses"])
+    best = [winners(verdict) for verdict in verdicts if verdict]
     parsed = len(best) / len(verdicts)
     if item["ties"]:  # scored as a whole, by ties_score
-        scores = [verdict[0] if verdict else -1.0 for verdict in verdicts]
-        return {"scores": scores, "parsed": parsed}
-    score = sum(best_of(verdict or [None] * len(item["responses"])) for verdict in verdicts) / 2
-    flip = float(not best[0] & best[1]) if len(best) == 2 else None
-    return {"score": score, "strict": best.count({0}) / 2, "flip": flip, "parsed": parsed}
+        return {"scores": [v[0] if v else -1.0 for v in verdicts], "parsed": parsed}
+    score = fmean(best_of(verdict or [None] * size) for verdict in verdicts)
+    strict = best.count({0}) / len(verdicts)
+    flip = float(best[0].isdisjoint(best[1])) if len(best) == 2 else None
+    return {"score": score, "strict": strict, "flip": flip, "parsed": parsed}
+
 
 def rewardbench(run: Evaluation) -> dict[str, Score]:
     """RewardBench: does the model as the judge prefer the right response?"""
-    options, subsets, (lists, others) = run.options, {}, read_lists(run.options)
+    options, by_subset, records = run.options, {}, []
+    lists, others = read_lists(options)
     judge_lists(run, lists)
-    records = [item | credit(item) for item in lists]
+    for item in lists:
+        if len(item["verdicts"]) == (len(item["responses"]) if item["ties"] else 2):
+            records.append(item | credit(item))
+            by_subset.setdefault(item["subset"], []).append(records[-1])
 
     def mean(name: str, part: list[dict]) -> Score:
         return percent([(json.dumps(record["prompt"]), record.get(name)) for record in part])
 
-    for name in dict.fromkeys(record["subset"] for record in records):
-        part = [record for record in records if record["subset"] == name]
+    subsets = {}
+    for name, part in by_subset.items():
         subsets[name] = ties_score(part) if part[0]["ties"] else mean("score", part)
     scores = {f"subset {name}": score for name, score in subsets.items()}
     if options.v2:
@@ -582,23 +790,34 @@ def rewardbench(run: Evaluation) -> dict[str, Score]:
         scores |= rewardbench_sections(subsets)
     for rate in ("score", "strict", "flip", "parsed"):
         scores[f"all lists, {rate}"] = mean(rate, records)
+
     folder = ("rewardbench2" if options.v2 else "rewardbench") + run.trial
     run.write(f"{folder}/samples.json", records)
     # the official tables want ORG/MODEL.json; a model of the Hub has its ORG already
-    model = f"local/{run.name}" if Path(options.model).exists() else options.model
-    official = {"model": model, "model_type": "Generative RM", "chat_template": None}
-    official |= {name: score.value / 100 for name, score in sorted(subsets.items())}
+    model = f"local/{options.name}" if Path(options.model).exists() else options.model
+    official = {name: s.value / 100 for name, s in subsets.items() if not math.isnan(s.value)}
+    official |= {"model": model, "model_type": "Generative RM", "chat_template": None}
     run.write(f"{folder}/eval-set/{model}.json", official)
-    return run.finish(folder, scores, {"lists without one best response, left out": others})
+    notes = Counter({"lists without one best response, left out": others})
+    notes["lists not asked: longer than the context"] = len(lists) - len(records)
+    return run.finish(folder, scores, +notes)
+
 
 # ================================================================================= Reasoning
+# A composite is the plain mean over suites, as most papers have it: the 30 problems of AIME weigh
+# as much as the 500 of MATH-500, and its error is mostly theirs. Hence many samples of small ones.
 # What most papers average. AIME and AMC23 are small: --samples 1 aime_2024=32@0.6 amc23=32@0.6
 SUITES = ["openai/gsm8k@main#test", "HuggingFaceH4/MATH-500#test", "HuggingFaceH4/aime_2024",
           "math-ai/amc23#test", "math-ai/minervamath#test",
           "Hothan/OlympiadBench@OE_TO_maths_en_COMP"]
 
+
 def split_answers(text: str) -> list[str]:
-    """At the commas that stand in no bracket, and not in 1,250."""
+    """At the commas that stand in no bracket, and not in 1,250.
+
+    >>> split_answers("(1,8), 2, 1,250")
+    ['(1,8)', '2', '1250']
+    """
     parts, depth = [""], 0
     for character in re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text):
         depth += (character in "([{") - (character in ")]}")
@@ -607,6 +826,7 @@ def split_answers(text: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts]
+
 
 def check_answer(verify, completion: str, answer: str) -> float:
     """1 if the final answer is right, else 0. Of a list each must come once, in any order."""
@@ -620,13 +840,15 @@ def check_answer(verify, completion: str, answer: str) -> float:
         claims.remove(right[0])
     return 1.0
 
+
 def read_suites(options: Namespace) -> dict[str, tuple[list, int, float]]:
     """Suite -> (row, task) pairs, samples of each problem, their temperature (--samples)."""
     suites = {}
     for source in options.problems or SUITES:
-        if set_name(source) in suites:
-            raise BadInput(f"{source}: another set is called {set_name(source)} too")
-        suites[set_name(source)] = read_tasks(source, "verifiable", options.limit), 1, 0.0
+        name = set_name(source)
+        if name in suites:
+            raise BadInput(f"{source}: another set is called {name} too")
+        suites[name] = read_tasks(source, "verifiable", options.limit), 1, 0.0
     for word in sorted(options.samples, key=lambda word: "=" in word):  # one suite's counts last
         match = re.fullmatch(r"(?:(.+)=)?([1-9]\d*)(?:@(\d*\.?\d+))?", word)
         n, temperature = (int(match[2]), float(match[3] or 0)) if match else (0, 0.0)
@@ -637,33 +859,40 @@ def read_suites(options: Namespace) -> dict[str, tuple[list, int, float]]:
             suites[name] = suites[name][0], n, temperature
     return suites
 
+
 def reasoning(run: Evaluation) -> dict[str, Score]:
     """Reasoning: share of problems with the right answer."""
-    options, suites, scores, averages, records = run.options, read_suites(run.options), {}, [], []
-    tokenizer, _ = urpo.load_tokenizer(options.model)
-    verify = data_prep.VERIFIERS[options.verifier]
-    for suite, (rows, n, temperature) in suites.items():
-        groups = [urpo.verifiable_group(task, tokenizer, None, run.config) for _, task in rows]
-        prompts = [group.prompt_ids for group in groups]
-        answers = run.ask(suite, options.model, prompts, options.max_new_tokens, n, temperature)
-        shares, chances, cut = [], {2**i: [] for i in range(1, n.bit_length())}, 0
+    def make(tokenizer, pair: tuple[dict, dict]) -> list[int]:
+        return urpo.verifiable_group(pair[1], tokenizer, None, run.config).prompt_ids
+
+    options, scores, averages, records = run.options, {}, [], []
+    limit, verify = options.max_new_tokens, data_prep.VERIFIERS[options.verifier]
+    for name, (rows, n, temperature) in read_suites(options).items():
+        prompts = prompts_of(options.model, rows, make, limit, name)
+        answers = run.texts(name, options.model, prompts, limit, n, temperature)
+        shares, solved, short = [], [], 0
         for (row, task), of_problem in zip(rows, answers, strict=True):
-            prompt, texts = f"{suite} {json.dumps(task['prompt'])}", [a["text"] for a in of_problem]
-            correct = [check_answer(verify, text, task["answer"]) for text in texts]
-            # over problems: samples of one share its luck, to pool them would flatter the error
-            shares.append((prompt, sum(correct) / n))
-            for k, of_k in chances.items():  # pass@k, unbiased (Chen et al. 2021)
-                of_k.append((prompt, 1 - math.comb(correct.count(0), k) / math.comb(n, k)))
-            cut += sum(answer["truncated"] for answer in of_problem)
-            records.append({"suite": suite, "id": row["id"], "prompt": task["prompt"],
+            texts = [answer["text"] for answer in of_problem or []]
+            correct = [check_answer(verify, without_thoughts(t), task["answer"]) for t in texts]
+            if of_problem:
+                # over problems: samples of one share its luck, to pool them flatters the error
+                prompt = f"{name} {json.dumps(task['prompt'])}"
+                shares.append((prompt, fmean(correct)))
+                solved.append((prompt, max(correct)))
+                short += sum(answer["truncated"] for answer in of_problem)
+            records.append({"suite": name, "id": row["id"], "prompt": task["prompt"],
                             "answer": task["answer"], "correct": correct, "texts": texts})
-        note = f"temperature {temperature}; {cut} of {n * len(rows)} answers cut short"
+        note = f"temperature {temperature}; {short} of {n * len(shares)} answers cut short"
+        if None in prompts:
+            note += f"; {prompts.count(None)} not asked: longer than the context"
         averages.append(percent(shares, note))
-        scores[f"{suite} avg@{n}"] = averages[-1]
-        scores |= {f"{suite} pass@{k}": percent(of_k) for k, of_k in chances.items()}
+        scores[f"{name} avg@{n}"] = averages[-1]
+        if n > 1:  # at least one of n is right
+            scores[f"{name} pass@{n}"] = percent(solved)
     scores["composite"] = combined(averages, note=f"unweighted mean of {len(averages)} suites")
     run.write(f"reasoning{run.trial}/samples.json", records)
     return run.finish(f"reasoning{run.trial}", scores, {"is the verifier": options.verifier})
+
 
 # ================================================================================= All models
 def tiny_world(options: Namespace, ranks: urpo.Ranks):
@@ -675,183 +904,103 @@ def tiny_world(options: Namespace, ranks: urpo.Ranks):
     runs = sorted(Path("runs").glob("tiny-*/final/config.json"), key=os.path.getmtime)
     options.model = [str(runs[-1].parent) if runs else preset["model"]]
     options.lists = options.problems = [preset["eval_data"]]
-    for flag in {"verifier", "max_new_tokens", "judge_max_new_tokens"}.difference(options.given):
-        setattr(options, flag, preset.get(flag, "plain"))
+    for flag in ("verifier", "max_new_tokens", "judge_max_new_tokens"):
+        if flag not in options.given:
+            setattr(options, flag, preset.get(flag, "plain"))
+
+
+def tiny_reference(options: Namespace) -> list[dict]:
+    """What the model is compared with: the first response of every held-out judge list."""
+    rows = []
+    for _, task in read_tasks(options.lists[0], "preference", 0):
+        rows.append({"instruction": task["prompt"][-1]["content"], "output": task["responses"][0],
+                     "generator": "stored responses"})
+    return rows
+
+
+def tiny_verdicts(pairs: list[tuple[dict, dict]]) -> list[float]:
+    """Like judge_pairs; the judge is the true quality, which this world knows."""
+    preferences = []
+    for one, two in pairs:
+        ours, theirs = [tiny_quality(one["instruction"], row["output"]) for row in (two, one)]
+        preferences.append(1.5 + ((ours > theirs) - (ours < theirs)) / 2)
+    return preferences
+
+
+def named_runs(options: Namespace, ranks: urpo.Ranks) -> list[Evaluation]:
+    """One for each model. What comes from elsewhere is called as it says, or like its folder. Two
+    of one name would write into one folder."""
+    models, files = options.model or [""], options.annotations or [""]
+    called = models if options.model else [str(Path(options.outputs).resolve().parent)]
+    if options.annotations:
+        called = [str(read_annotations(file)[0]["generator_2"]) for file in files]
+    names = options.name or list(map(short_name, called))
+    if len(names) != len(called) or len(set(names)) < len(names):
+        raise BadInput(f"{len(called)} models called {', '.join(names)}: a --name for each"[:300])
+    # of models and files one list has a single "", which stands beside each of the other
+    given = zip(names, models * len(files), files * len(models))
+    return [Evaluation(options, ranks, *of_model) for of_model in given]
+
+
+def add_differences(columns: dict[str, dict[str, Score]]):
+    """Behind the models' columns those of what the others have more than the first. Their errors
+    are paired: they come from the same prompts (or draws), part by part."""
+    [first, old], *others = columns.items()
+    for name, new in others:
+        column = columns[f"{name} - {first}"] = {}
+        for score in old:
+            a, b = old[score], new.get(score, Score())
+            note = "" if a.n == b.n else f"{b.n} rows against {a.n}"
+            column[score] = combined([b, a], [1, -1], note)._replace(n=min(a.n, b.n))
+
+
+def print_scores(title: str, columns: dict[str, dict[str, Score]]):
+    """A table of all models and their differences; what is to be noted stands below."""
+    rows = []
+    for score in next(iter(columns.values())):
+        found = [column[score] for column in columns.values()]
+        rows.append([score, *found, "/".join({str(of_model.n): 0 for of_model in found})])
+    print("\nPercent ± standard error over prompts; of a difference over the same ones, paired")
+    print_table([title, *columns, "n"], rows)
+    for name, column in columns.items():
+        for score, of_model in column.items():
+            if of_model.note:
+                print(textwrap.fill(f"{name}, {score}: {of_model.note}", WIDTH))
+
 
 def evaluate(options: Namespace):
     """All three. Of several models every score of the others minus that of the first is shown."""
     check_options(options)
-    transformers_logging.disable_progress_bar()
-    ranks, commands = urpo.Ranks(urpo.Config(device=options.device)), [options.command]
+    transformers.utils.logging.disable_progress_bar()
+    ranks = urpo.Ranks(urpo.Config(device=options.device))
     if options.tiny:
         tiny_world(options, ranks)
-    # runs/NAME/final is NAME; what comes from elsewhere is called like its folder
-    elsewhere = [Path(options.annotations or options.outputs).resolve().parent]
-    paths = [Path(model).resolve() for model in options.model] or elsewhere
-    names = [path.parent.name if path.name == "final" else path.name for path in paths]
-    names, models = options.name or names, options.model or [""]
-    if len(names) != len(models) or len(set(names)) < len(names):
-        raise BadInput(f"{len(models)} models called {', '.join(names)}: a --name for each"[:300])
-    # what is wrong is said before the first answer is made
-    runs = [Evaluation(options, model, name, ranks) for model, name in zip(models, names)]
-    columns = {name: {} for name in names}
-    for model in filter(None, [*models, options.judge]):
-        urpo.load_tokenizer(model)
+    commands = [options.command]
     if options.command == "all":
         commands = ["alpaca", "rewardbench", "reasoning"]
-        read_lists(options)
-        read_suites(options)
-    for run in runs:
-        for command in commands:
-            scores = COMMANDS[command](run)
-            columns[run.name] |= {f"{command}: {name}": score for name, score in scores.items()}
-    first = columns[names[0]]
-    for name in names[1:]:
-        column = columns[f"{name} - {names[0]}"] = {}
-        for score, old in first.items():
-            column[score] = combined([columns[name][score], old], [1, -1])._replace(n=old.n)
-    records = {name: {s: c[s].record() for s in c} for name, c in columns.items()}
-    runs[0].write(f"../{options.command}-{'+'.join(names)[:150]}{runs[0].trial}.json", records)
-    if ranks.main:
-        rows = [[s, *[c[s] for c in columns.values()], first[s].n, first[s].note] for s in first]
-        print("\nPercent ± standard error over prompts; of a difference over the same ones, paired")
-        print_table([options.command + runs[0].trial, *columns, "n", ""], rows)
+    runs, columns = named_runs(options, ranks), {command: {} for command in commands}
+    # First with empty answers: what is wrong (a row, a template, a context that is too short) is
+    # said before a model is asked for hours
+    for rehearsal in [True, False] if options.model or options.judge else [False]:
+        for run in runs:
+            run.rehearsal = rehearsal
+            for command in commands:
+                columns[command][run.options.name] = COMMANDS[command](run)
+            run.drop_model()  # the next one may need its memory
 
-# ================================================================================= Curves
-PANELS = {  # what a reader looks at first; these are tabled, too
-    "open: the referee's score, the truth": ["raw_score/open", "true_quality/open"],
-    "held out: problems": ["eval/verifiable_accuracy", "eval/verifiable_accuracy_greedy"],
-    "held out: referee's pairs": ["eval/referee_accuracy", "eval/referee_accuracy_greedy"],
-    "held out: true quality, open": ["eval/true_quality", "eval/true_quality_greedy"],
-    "open: does the reward order rightly?": ["reward_tau/open"],
-    "reward": ["reward/verifiable", "reward/preference"],
-    "length, tokens": ["length/open", "length/verifiable", "length/preference"],
-    "flat groups": ["flat/open", "flat/verifiable", "flat/preference"],
-    "judgements that parse": ["parse_rate/open", "parse_rate/preference"],
-    "nats": ["entropy", "kl"],
-}
-STYLES = ["-", "--", ":"]
-WINDOW = 10  # steps of training that a value is the mean of: single ones are noise
+    records = {}
+    for command in commands:
+        add_differences(columns[command])
+        for name, column in columns[command].items():
+            for score, value in column.items():
+                records.setdefault(name, {})[f"{command}: {score}"] = value.record()
+        if ranks.main and any(columns[command].values()):  # else nobody has judged the answers
+            print_scores(command + runs[0].trial, columns[command])
+    if records:
+        names = cut("+".join(run.options.name for run in runs), 120)
+        by = f"-by-{short_name(options.judge)}" if options.judge else ""
+        runs[0].write(f"../{options.command}-{names}{by}{runs[0].trial}.json", records)
 
-def points(seeds: list[list[dict]], name: str) -> dict[int, tuple[float, float]]:
-    """Step -> mean of a metric over seeds and its standard error: over seeds, or of one seed over
-    prompts (`NAME_se`, where the run wrote it). Of training, means of the last WINDOW steps."""
-    values, of_one, found = {}, {}, {}
-    for lines in seeds:
-        lines = [line for line in lines if name in line]
-        for i, line in enumerate(lines):
-            first = i if name.startswith("eval/") else max(0, i + 1 - WINDOW)
-            recent = [earlier[name] for earlier in lines[first : i + 1]]
-            values.setdefault(line["step"], []).append(sum(recent) / len(recent))
-            of_one[line["step"]] = line.get(f"{name}_se", math.nan)
-    for step, of_seeds in values.items():
-        if len(of_seeds) == len(seeds):  # else a seed has not come so far
-            error = stdev(of_seeds) / len(seeds) ** 0.5 if len(seeds) > 1 else of_one[step]
-            found[step] = fmean(of_seeds), error
-    return found
-
-def curve_table(arms: dict[str, list[list[dict]]]):
-    """The first and the last value of everything held out and of what is drawn of training."""
-    drawn, columns = sum(PANELS.values(), []), {"n": {}}
-    for arm, seeds in arms.items():
-        over = f"± over {len(seeds)} seeds" if len(seeds) > 1 else "1 seed, ± over prompts"
-        for name in dict.fromkeys(name for line in seeds[0] for name in line):
-            if name in drawn or name.startswith("eval/") and not name.endswith(("_n", "_se")):
-                rows = [line.get(f"{name}_n", "") for line in seeds[0] if name in line]
-                columns["n"][name], of_arm = rows[-1], list(points(seeds, name).values())
-                for which, (mean, error) in zip(("first", "last"), (of_arm[0], of_arm[-1])):
-                    text = f"{mean:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
-                    columns.setdefault(f"{arm}, {which} ({over})", {})[name] = text
-    rows = [[name, *[c.get(name, "") for c in columns.values()]] for name in columns["n"]]
-    print_table([f"eval/: held out; else means of {WINDOW} steps", *columns], rows)
-
-def curves(options: Namespace):
-    """A table and a picture of the metrics of runs: a colour for each arm (runs whose names differ
-    only in a last -sN are its seeds), its standard error as a band, a style for each metric."""
-    arms, out = {}, options.out or "curves.png"
-    for run in options.run:
-        arm = re.sub(r"-s\d+$", "", Path(run).resolve().name)
-        arms.setdefault(arm, []).append(read_lines(Path(run) / "metrics.jsonl"))
-    curve_table(arms)
-    if not importlib.util.find_spec("matplotlib"):
-        return print("no picture: pip install matplotlib")
-    import matplotlib
-    matplotlib.use("Agg")  # to a file, also where there is no screen
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 5, figsize=(20, 8), layout="constrained")
-    for axis, (title, metrics) in zip(axes.flat, PANELS.items()):
-        axis.set(title=title, xlabel="step")
-        for colour, seeds in enumerate(arms.values()):
-            for style, metric in zip(STYLES, metrics):
-                steps, values = [*points(seeds, metric)], [*points(seeds, metric).values()]
-                means, errors = torch.tensor(values).reshape(-1, 2).T
-                look, marker = {"color": f"C{colour}"}, "o" if len(steps) <= 20 else ""
-                axis.plot(steps, means, style, marker=marker, markersize=4, **look)
-                axis.fill_between(steps, means - errors, means + errors, alpha=0.15, **look)
-        keys = [pyplot.Line2D([], [], color="black", linestyle=s) for s in STYLES[: len(metrics)]]
-        axis.legend(keys, [metric.removeprefix("eval/") for metric in metrics], fontsize=7)
-    keys = [pyplot.Line2D([], [], color=f"C{colour}") for colour in range(len(arms))]
-    figure.legend(keys, [f"{arm} (n {len(seeds)})" for arm, seeds in arms.items()],
-                  loc="outside upper center", ncols=9)
-    if Path(out).suffix[1:] not in figure.canvas.get_supported_filetypes():
-        raise BadInput(f"--out {out}: not a kind of picture that matplotlib writes")
-    figure.savefig(out, dpi=75)
-    print(out)
-
-# ================================================================================= Samples
-STYLE = """<style> body { font: 14px/1.5 sans-serif } tr:first-child { background: #eee }
-table { border-collapse: collapse; margin: 1em 0 } pre { white-space: pre-wrap; margin: 0 }
-td { border: 1px solid #ccc; padding: .3em .6em; vertical-align: top } </style>"""
-
-def html_table(rows: list[dict]) -> str:
-    """All that models and data say passes here, and is escaped: nothing in it is markup."""
-    parts = ["<table>"]
-    for values in [rows[0], *[row.values() for row in rows]]:
-        texts = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in values]
-        parts += ["<tr>", *[f"<td><pre>{html.escape(text)}</pre></td>" for text in texts]]
-    return "".join([*parts, "</table>"])
-
-def group_tables(lines: list[dict]) -> list[str]:
-    """One prompt's group, a line for each completion: what was asked, what was paid for what."""
-    first, rows, shown = lines[0], [], lines[0].get("responses") or []  # shown: of a judge list
-    labels = urpo.LABELS[: len(shown)]
-    tables = [[{message["role"]: message["content"]}] for message in first["prompt"]]
-    truth = zip(labels, first["truth"] or [], shown)
-    true_rows = [{"response": label, "true score": t, "": text} for label, t, text in truth]
-    if first["truth"] is not None:
-        tables.append(true_rows or [{"true answer": first["truth"]}])
-    for i, line in enumerate(lines):
-        rows.append({"completion": i, "reward": line["reward"]})
-        if shown:
-            scores = urpo.parse_scores(line["completion"], len(shown)) or ["does not parse"]
-            rows[-1][f"scores of {labels}"] = " ".join(map(str, scores))
-        if "true_quality" in line:
-            rows[-1]["true quality"] = line["true_quality"]
-        rows[-1][""] = line["completion"]
-    tables.append(sorted(rows, key=lambda row: 9 if row["reward"] is None else -row["reward"]))
-    for judged in first.get("judged") or []:  # of an open group: who was shown, what was said
-        scores = judged["scores"] or ["does not parse"] * len(judged["shown"])
-        given = [f"completion {i}: {score}" for i, score in zip(judged["shown"], scores)]
-        tables.append([{"the referee": "\n".join(given), "its critique": judged["critique"]}])
-    return [html_table(table) for table in tables]
-
-def samples(options: Namespace):
-    """A page (HTML, self-contained) of what a run sampled and what it paid."""
-    name, groups = html.escape(Path(options.run).resolve().name), {}
-    out = options.out or f"{options.run}/samples.html"
-    for line in read_lines(Path(options.run) / "samples.jsonl"):
-        groups.setdefault(line["step"], {}).setdefault(line["kind"], []).append(line)
-    steps = [step for step in groups if not options.steps or step in options.steps]
-    if not steps:
-        raise BadInput(f"--steps: there are samples of {', '.join(map(str, groups))}"[:300])
-    parts = [f'<!doctype html><meta charset="utf-8"><title>{name}</title>{STYLE}<h1>{name}</h1>']
-    for step in steps:
-        parts.append(f"<details{' open' * (step == steps[-1])}><summary>step {step}</summary>")
-        for kind, lines in groups[step].items():
-            parts += [f"<h3>{html.escape(kind)}</h3>", *group_tables(lines)]
-        parts.append("</details>")
-    Path(out).write_text("\n".join(parts), encoding="utf-8")
-    print(out)
 
 # ================================================================================= Main
 COMMANDS = {"alpaca": alpaca, "rewardbench": rewardbench, "reasoning": reasoning, "all": evaluate,
@@ -863,7 +1012,7 @@ FLAGS = [  # (commands, flag, default, help); a list takes several values
     (ASKING, "out_dir", "evals", "folder of all results"),
     (ASKING, "limit", 0, "a trial on the first N of each set; 0: all of them"),
     (ASKING, "seed", 0, "of samples, and of the order in which responses are shown"),
-    (ASKING, "device", "", "cpu or cuda; cuda where there is one"),
+    (ASKING, "device", "", "cpu, cuda or cuda:N; cuda where there is one"),
     (ASKING, "stop_tokens", "", "further stop tokens, comma-separated (base model, chat template)"),
     (ASKING, "rollout_tokens", 131072, "tokens in a batch of model.generate: bounds the KV cache"),
     ("alpaca reasoning all", "max_new_tokens", 2048, "longest answer, tokens"),
@@ -871,7 +1020,7 @@ FLAGS = [  # (commands, flag, default, help); a list takes several values
     ("alpaca all", "reference", "", "outputs to compare with; gpt4_1106_preview's on the Hub"),
     ("alpaca all", "judge", "", "a local model; none: answers are written, not judged"),
     ("alpaca", "outputs", "", "answers to judge, like model_outputs.json"),
-    ("alpaca", "annotations", "", "judgements to count, like annotations.json"),
+    ("alpaca", "annotations", [], "judgements to count, like annotations.json, of each model"),
     ("alpaca all", "gamed", "", "df_gamed.csv, for length control; the Hub's"),
     (JUDGE, "lists", [], "files or Hub sets; RewardBench on the Hub"),
     (JUDGE, "v2", False, "RewardBench 2: best of four, and Ties"),
@@ -880,8 +1029,10 @@ FLAGS = [  # (commands, flag, default, help); a list takes several values
     ("reasoning all", "samples", ["1"], "of a problem: N@TEMPERATURE, SUITE=N@TEMPERATURE"),
     ("reasoning all", "verifier", "math_verify", "math_verify (the package) or plain"),
     ("curves samples", "out", "", "file to write; curves.png, samples.html in the run's folder"),
+    ("curves", "all_panels", False, "draw every panel, not the first three alone"),
     ("samples", "steps", [], "only these steps"),
 ]
+
 
 def parse(arguments: list[str] | None) -> Namespace:
     """What is given (`given`: the flags) over the defaults. A command refuses others' flags."""
@@ -893,45 +1044,53 @@ def parse(arguments: list[str] | None) -> Namespace:
         if name in ("curves", "samples"):
             command.add_argument("run", nargs="+" if name == "curves" else None, help="run folder")
         for of_commands, flag, default, text in FLAGS:
-            how = {"type": type(default)}
-            if isinstance(default, list):
-                how = {"type": int if flag == "steps" else str, "nargs": "+"}
-            elif default is False:
-                how = {"action": "store_true"}
             if name in of_commands.split():
-                how["help"] = f"{text} (default {default})" if default else text
-                command.add_argument(f"--{flag}", default=None, **how)
+                how = {"type": type(default)}
+                if isinstance(default, list):
+                    how = {"type": int if flag == "steps" else str, "nargs": "+"}
+                elif default is False:
+                    how = {"action": "store_true"}
+                text += f" (default {default})" if default else ""
+                command.add_argument(f"--{flag}", default=None, help=text, **how)
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     return Namespace(**{flag: value for _, flag, value, _ in FLAGS} | given, given=list(given))
 
+
+def refuse(options: Namespace, flags: str, why: str):
+    """BadInput for the first of these flags that is given."""
+    for flag in flags.split():
+        if flag in options.given:
+            raise BadInput(f"--{flag} has no effect: {why}")
+
+
 def check_options(options: Namespace):
     """BadInput for what the parser cannot know, before a file is read or a folder is made."""
-    command, player = options.command, "model max_new_tokens temperature stop_tokens seed "
+    command, player = options.command, "model max_new_tokens temperature stop_tokens seed"
     options.tiny = command == "all" and not options.model
-    for applies, flags, why in [  # flags that would have no effect
-        (options.annotations, player + "judge outputs rollout_tokens", "--annotations are judged"),
-        (options.outputs, player, "--outputs are answers"),
-        (options.tiny, "reference judge gamed lists problems v2", "no --model: the tiny world"),
-        (not options.judge and not options.annotations, "gamed", "there is no --judge"),
-        (command == "alpaca" and not options.temperature, "seed", "--temperature is 0"),
-    ]:
-        for flag in {*flags.split()}.intersection(options.given) if applies else []:
-            raise BadInput(f"--{flag} has no effect: {why}")
+    if options.annotations:
+        refuse(options, f"{player} judge outputs rollout_tokens", "--annotations are judged")
+    if options.outputs:
+        refuse(options, player, "--outputs are answers")
+    if options.tiny:
+        refuse(options, "reference judge gamed lists problems v2", "no --model: the tiny world")
+    if not options.judge and not options.annotations:
+        refuse(options, "gamed", "there is no --judge")
+    if command == "alpaca" and not options.temperature:
+        refuse(options, "seed", "--temperature is 0")
+
     for _, flag, default, _ in FLAGS:
         if isinstance(default, (int, float)) and not getattr(options, flag) >= min(1, default):
             raise BadInput(f"--{flag}: expected at least {min(1, default)}")
+    if not (options.model or options.tiny or options.outputs or options.annotations):
+        raise BadInput("--model is missing")
+    if options.outputs and not options.judge:
+        raise BadInput("--outputs needs a --judge")
+    if options.verifier not in data_prep.VERIFIERS:
+        raise BadInput("--verifier: math_verify or plain")
     needed = options.verifier == "math_verify" and command in ("reasoning", "all")
-    for wrong, message in [
-        (not (options.model or options.tiny or options.outputs or options.annotations),
-         "--model is missing"),
-        (options.outputs and not options.judge, "--outputs needs a --judge"),
-        (options.verifier not in data_prep.VERIFIERS, "--verifier: math_verify or plain"),
-        (needed and not options.tiny and not importlib.util.find_spec("math_verify"),
-         "--verifier math_verify: pip install math-verify (or --verifier plain)"),
-        (options.device not in ("", "cpu", "cuda"), "--device: cpu or cuda"),
-    ]:
-        if wrong:
-            raise BadInput(message)
+    if needed and not options.tiny and not importlib.util.find_spec("math_verify"):
+        raise BadInput("--verifier math_verify: pip install math-verify (or --verifier plain)")
+
 
 def main(arguments: list[str] | None = None):
     options = parse(arguments)
@@ -946,5 +1105,7 @@ def main(arguments: list[str] | None = None):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
+
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 has no ±
     main()

@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: without a network every lo
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a second thread that spins slows the first
 import ctypes
 import functools
+import gc
 import gzip
 import hashlib
 import html
@@ -31,6 +32,7 @@ import threading
 import time
 import traceback
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -1581,7 +1583,7 @@ WIN_RATES = [  # preferences; win rate, its error, wins, losses, draws, n, discr
     ([1, 2, 0, 1.5, 2], 60, 18.708286933869704, 2, 1, 2, 5, 60),
     ([1, 2, None, NAN, 3, -1, 2], 200 / 3, 100 / 3, 2, 1, 0, 3, 200 / 3),
     ([1.02, 1.98, 1.4, 1.5, 1.61], 50.2, 15.538339679644025, 2, 2, 1, 5, 50),
-    ([2], 100, NAN, 1, 0, 0, 1, 100), ([None], NAN, 0, 0, 0, 0, 0, NAN)]
+    ([2], 100, NAN, 1, 0, 0, 1, 100), ([None], NAN, NAN, 0, 0, 0, 0, NAN)]
 # fmt: on
 
 
@@ -1594,6 +1596,12 @@ def test_eval_win_rate(preferences, rate, error, wins, losses, draws, n, discret
     expected = rate, error, wins, losses, draws, n, len(preferences) - n, discrete
     assert got == pytest.approx(expected, abs=1e-9, nan_ok=True)
     assert evaluators.win_rates(rows * 50)[0].error == pytest.approx(error, nan_ok=True)
+
+
+@pytest.mark.parametrize("module", ["eval", "tools.runs"])
+def test_eval_doctests(module):
+    """Bug: worked examples that have rotted."""
+    assert doctest.testmod(sys.modules[module]).failed == 0
 
 
 def test_eval_switch_parser_and_prompt():
@@ -1636,6 +1644,8 @@ def test_eval_length_controlled(monkeypatch):
     better = evaluators.length_control(better, d.tolist(), gamed)
     gain = evaluators.combined([better, score], [1, -1])
     assert 0 < gain.error < score.error / 2  # paired: the same draws
+    itself = torch.tensor([[0.5, 0, 1.0], [0.5, 0, -1]], dtype=torch.float64)
+    assert evaluators.length_controlled(itself, gamed) == 50  # the reference against itself
     for column, value, expected in ((0, NAN, NAN), (1, 5, NAN), (0, 1, 100)):  # 1: no optimum
         changed = table.clone()
         changed[:, column] = value
@@ -1647,6 +1657,12 @@ def test_eval_length_controlled(monkeypatch):
     part, name = evaluators.length_controlled(table[1:], gamed), "length-controlled win rate"
     for some, value in ((rows[::-1], score.value), (rows[1:], part)):
         assert evaluators.alpaca_scores(some, order, known)[name].value == pytest.approx(value)
+    table[1:, 2] = d[:-1]  # published scores of rows that are not all there: as alpaca_eval counts
+    by_row = evaluators.alpaca_scores(rows[1:], order, known, published=True)[name]
+    assert by_row.value == pytest.approx(evaluators.length_controlled(table[1:], gamed))
+    assert "by row" in by_row.note and by_row.value != pytest.approx(part, abs=0.01)
+    shuffled = evaluators.alpaca_scores(rows[::-1], order, known, published=True)[name]
+    assert shuffled.value == pytest.approx(score.value)
     for unknown in ((rows, order, None), (rows, [], known), (rows, [*order, "w99"], known)):
         got = evaluators.alpaca_scores(*unknown)[name]
         assert str(got) == "missing" and "needs" in got.note
@@ -1678,6 +1694,8 @@ def test_eval_rewardbench2():
     assert ties([3, 2, 1], [9, 7, 1]) == pytest.approx(0.8 + 0.01 * math.tanh(-0.5))
     assert ties([5, 5, 5], [5, 5, 5]) == 0  # 0/0 counts 0
     assert ties([1, 2, 3], [5, 5, 9]) == pytest.approx(-0.01)  # all wrong, below 0
+    ref = {"id": "ref:1", "scores": [2, 1], "num_correct": 1}
+    assert str(evaluators.ties_score([ref])) == "missing"
     alone = {"id": "ref:2", "scores": [1, 2], "num_correct": 1}  # in accuracy only
     assert ties([9, 1], [9, 7, 1], alone) == pytest.approx(0.85 + 0.01 * math.tanh(2))
 
@@ -1689,22 +1707,28 @@ def evaluate(folder, tmp_path, monkeypatch):
     def run(command, **flags):
         flags = dict(model=folder, out_dir=tmp_path / "evals", name="m", device="cpu") | flags
         arguments = [command, *["--verifier", "plain"] * (command == "reasoning")]
+        if flags["model"]:  # its context is short
+            short = {"rewardbench": "judge_max_new_tokens"}.get(command, "max_new_tokens")
+            flags = {short: 64} | flags
         for flag, value in flags.items():
             values = value if isinstance(value, list) else [] if value is True else [value]
             arguments += [] if value in ("", False) else [f"--{flag}", *map(str, values)]
         evaluators.main(arguments)
-        results = (tmp_path / "evals").glob(f"{flags['name']}/{command}*/**/results.json")
+        results = (tmp_path / "evals").glob(f"{flags['name'] or '*'}/{command}*/**/results.json")
         newest = max(results, key=os.path.getmtime, default=None)  # of two models there is none
         return newest and (json.loads(newest.read_text()), newest.parent)
 
-    def answer(self, what, prompts, *how):
-        if len(run.asked) == run.killed_at:
-            raise KeyboardInterrupt
-        run.asked.append((what, prompts, real(self, what, prompts, *how)))
-        return run.asked[-1][-1]
+    def fill(self, what, model, chunks, answer):
+        def noted(actor, prompts):
+            if len(run.asked) == run.killed_at:
+                raise KeyboardInterrupt
+            run.asked.append((what, prompts, answer(actor, prompts)))
+            return run.asked[-1][-1]
 
-    run.asked, run.killed_at, real = [], None, evaluators.Evaluation.answer
-    monkeypatch.setattr(evaluators.Evaluation, "answer", answer)
+        real(self, what, model, chunks, noted)
+
+    run.asked, run.killed_at, real = [], None, evaluators.Evaluation.fill
+    monkeypatch.setattr(evaluators.Evaluation, "fill", fill)
     return run
 
 
@@ -1724,7 +1748,8 @@ FAKES = [  # responses, what a judge says of those shown; score, strict, flip, p
     (2, lambda shown: [9 if text == "good" else 2 for text in shown], [100, 100, 0, 100]),
     (2, lambda shown: [7, 7], [50, 0, 0, 100]), (2, lambda shown: [9, 3], [50, 50, 100, 100]),
     (2, lambda shown: [0, 0], [50, 0, None, 0]), (4, lambda shown: [0] * len(shown), [25]),
-    (2, lambda shown: DICE.sample(range(1, 11), 2), []), (4, lambda shown: [7] * len(shown), [25])]
+    (2, lambda shown: DICE.sample(range(1, 11), 2), []), (4, lambda shown: [7] * len(shown), [25]),
+    (4, lambda shown: [8] * len(shown), [25])]
 # fmt: on
 
 
@@ -1745,17 +1770,19 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
         shown.append([texts[i] for i in order])
         return real(row, texts, order, *rest)
 
-    def ask(self, what, model, prompts, limit):
+    def texts(self, what, model, prompts, limit):
         scored = [zip(urpo.LABELS, judge(texts)) for texts in shown]
+        shown.clear()  # rehearsed, then asked
         return [[{"text": block(*[f"{a}: {s}" for a, s in pairs])}] for pairs in scored]
 
     monkeypatch.setattr(urpo, "judge_group", judge_group)
-    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
+    monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
     subset, wrong = {2: "hep-go", 4: "Math"}[size], ["bad", "worse", "no"][: size - 1]
+    whole = judge([1]) != [8]  # else Ties has no complete pair of ref and tied
     pair = {"chosen": ["good"], "rejected": wrong, "num_correct": 1}
     rows = [{"prompt": f"w{i}", **pair} for i in range(40 if expected else 400)]
     for k in range(3 if size == 4 else 0):  # Ties: more responses than a judge prompt has labels
-        for kind, n in (("ref", 1), ("tied", 30)):
+        for kind, n in (("ref", 1), ("tied", 30))[: 1 + whole]:
             good = {"chosen": ["good"] * n, "rejected": ["bad"], "num_correct": n}
             rows.append({"prompt": f"w{k}", "subset": "Ties", "id": f"{kind}:{k}", **good})
     source = write_rows(tmp_path / f"{subset}.jsonl", rows)
@@ -1764,7 +1791,8 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
     values = [scores[f"all lists, {x}"]["value"] for x in ("score", "strict", "flip", "parsed")]
     if size == 4:
         assert scores["subset Math"]["value"] == expected[0]
-        assert scores["subset Ties"] == {"value": 0, "error": 0, "n": 3, "note": "at most 101"}
+        ties = {"value": 0, "error": 0, "n": 3, "note": "at most 101"}
+        assert scores["subset Ties"] == ties if whole else scores["subset Ties"]["error"] is None
         assert scores["mean of six subsets"]["value"] is None  # four are missing
     elif expected:
         assert values == expected
@@ -1772,6 +1800,7 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
         assert abs(values[0] - 50) < 10 and abs(values[2] - 50) < 10
         assert 0 < scores["all lists, score"]["error"] < 3
     official = json.loads((out / "eval-set/local/m.json").read_text())
+    assert ("Ties" in official) == (size == 4 and whole)
     assert official[subset] == scores[f"subset {subset}"]["value"] / 100
 
 
@@ -1791,29 +1820,33 @@ def test_eval_alpaca_judges(evaluate, reference, monkeypatch, folder, judge):
     shown, duel = [], evaluators.duel_prompt
     monkeypatch.setattr(evaluators, "duel_prompt", lambda *p: shown.append(p[1]) or duel(*p))
 
-    def ask(self, what, model, prompts, limit, n=1, temperature=0.0):
-        if what == "answers":
-            return [[{"text": text}] for text in ["same"] + ["  better"] * 39]
-        assert [ids is None for ids in prompts] == [True] + [False] * 39
-        tops = [[], [["x", -0.1]]]  # of the first two there is no verdict
-        for i, text in enumerate(shown[2:]):
+    def texts(self, what, model, prompts, limit, n, temperature):
+        shown.clear()  # rehearsed, then asked
+        return [[{"text": f"<think>so</think>{text}"}] for text in ["same"] + ["  better"] * 39]
+
+    def duels(self, model, prompts):
+        assert [ids == [] for ids in prompts] == [True] + [False] * 39
+        tops = [None, [["x", -0.1]]]  # the first is not asked, of the second there is no verdict
+        for i, text in enumerate(shown[1:]):
             token = "m" if judge == "first" or text == "better" else "M"
             other = token.swapcase() * (i % 2)
             tops.append([[token, -0.5], ["x", -1.0], [other, -30], [token, -40.0]])
-        return [[{"top": top}] for top in tops]
+        return tops
 
-    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
+    monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
+    monkeypatch.setattr(evaluators.Evaluation, "duels", duels)
     results, out = evaluate("alpaca", reference=reference, judge=folder)
-    assert [first == "better" for first in shown[1:]] == switched[1:]
+    assert [first == "better" for first in shown] == switched[1:]
     wins = 38 if judge == "better" else sum(switched[2:])
     score = results["scores"]["win rate"]
     assert score["value"] == pytest.approx(100 * (wins + 0.5) / 39, abs=1e-6) and score["n"] == 39
     annotations = json.loads((out / "annotations.json").read_text())
-    assert (annotations[0]["preference"], annotations[0]["raw_completion"]) == (1.5, None)
-    assert annotations[2]["raw_completion"]["logprobs"]["content"][0]["top_logprobs"][0]["token"]
+    assert [row["preference"] for row in annotations[:2]] == [1.5, None]
     row = json.loads((out.parent / "model_outputs.json").read_text())[1]
     assert row == {"dataset": "d", "generator": "m", "instruction": "w1", "output": "better"}
     again, _ = evaluate("alpaca", model="", annotations=out / "annotations.json", name="again")
+    notes = [found["scores"]["win rate"].pop("note") for found in (results, again)]
+    assert notes[0] == notes[1] + ", which is the model itself"
     assert again["scores"] == results["scores"] and again["notes"]["without a verdict"] == 1
 
 
@@ -1822,17 +1855,25 @@ def test_eval_judge_later(evaluate, reference, folder, tokenizer, tmp_path):
     asked, flags = evaluate.asked, dict(reference=reference, max_new_tokens=4)
     evaluate("alpaca", **flags)
     _, out = evaluate("alpaca", judge=folder, **flags)
-    _, elsewhere = evaluate("alpaca", judge=save(tmp_path / "other", seed=5), **flags)
-    assert [what for what, *_ in asked] == ["answers", "duels", "duels"] and out != elsewhere
+    _, elsewhere = evaluate("alpaca", judge=save(tmp_path / "j/final", seed=5), **flags)
+    assert (out.name, elsewhere.name) == ("weighted_alpaca_eval_model0", "weighted_alpaca_eval_j")
+    assert {"alpaca-m-by-model0.json", "alpaca-m-by-j.json"} <= set(os.listdir(tmp_path / "evals"))
+    namesake = save(tmp_path / "elsewhere/j/final", seed=6)
+    assert "another" in refused(evaluate, "alpaca", judge=namesake, **flags)
+    refusal = "{{ raise_exception('no system') if messages[0].role == 'system' else '' }}"
+    (tmp_path / "elsewhere/j/final/chat_template.jinja").write_text(refusal + TEMPLATE)
+    said = refused(evaluate, "alpaca", judge=namesake, **flags | {"name": "x", "max_new_tokens": 5})
+    assert "template refuses row 1 of the judge" in said and len(asked) == 3  # before answers
+    assert [what for what, *_ in asked] == ["AlpacaEval", "duels", "duels"] and out != elsewhere
     flags = dict(outputs=out.parent / "model_outputs.json", reference=reference, model="", name="x")
     _, again = evaluate("alpaca", judge=folder, **flags)
     one, two = [json.loads((path / "annotations.json").read_text()) for path in (out, again)]
     assert one == [row | {"generator_2": "m"} for row in two]
-    _, prompts, [[record], *_] = asked[1]
+    _, prompts, [top, *_] = asked[1]
     logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor(prompts[:1])).logits[0, -1]
     values, tokens = logits.log_softmax(-1).topk(5)
-    assert [text for text, _ in record["top"]] == [tokenizer.decode([i]) for i in tokens]
-    assert [lp for _, lp in record["top"]] == pytest.approx(values.tolist(), abs=1e-5)
+    assert [text for text, _ in top] == [tokenizer.decode([i]) for i in tokens]
+    assert [lp for _, lp in top] == pytest.approx(values.tolist(), abs=1e-5)
 
 
 def test_eval_goes_on(evaluate, tokenizer, tmp_path):
@@ -1862,10 +1903,106 @@ def test_eval_goes_on(evaluate, tokenizer, tmp_path):
         evaluate("reasoning", **flags | changed)
         assert (len(asked) > n) == bool(changed)
     trial, where = evaluate("reasoning", limit=3, **flags)
-    assert trial["trial"] and where.name == "reasoning-limit3"
+    assert trial["trial"] and where.name == "reasoning-limit3" and "judge" not in trial["settings"]
     assert trial["scores"]["composite"]["n"] == 3 and not first["trial"]
     with pytest.raises(BadInput, match="another m: give a --name"):
         evaluate("reasoning", **flags | dict(model=save(tmp_path / "other", seed=3)))
+
+
+def test_eval_what_is_not_asked(evaluate, folder, tmp_path):
+    """Bug: prompts longer than the context count as empty answers, or as ties; nothing is said."""
+    long = [" ".join(["w1 w2"] * n) for n in (1, 600, 2)]
+    rows = [{"problem": text, "answer": "1"} for text in long]
+    found, _ = evaluate("reasoning", problems=write_rows(tmp_path / "x.jsonl", rows))
+    score = found["scores"]["x avg@1"]
+    assert score["n"] == 2 and "1 not asked" in score["note"]
+    [kept] = (tmp_path / "evals/m/answers").iterdir()
+    kept.write_text(kept.read_text()[:-9])
+    assert "damaged" in refused(evaluate, "reasoning", problems=tmp_path / "x.jsonl")
+    rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in long]
+    found, out = evaluate("rewardbench", lists=write_rows(tmp_path / "x.jsonl", rows))
+    assert found["scores"]["all lists, score"]["n"] == 2
+    assert found["notes"] == {"lists not asked: longer than the context": 1}
+    rows = [{"instruction": text, "output": "w3"} for text in long]
+    flags = dict(judge=folder, reference=write_rows(tmp_path / "x.jsonl", rows))
+    found, _ = evaluate("alpaca", **flags)
+    assert found["scores"]["win rate"]["n"] <= 2
+    assert found["notes"]["not asked: longer than the model's context"] == 1
+    rows = [{"instruction": text, "output": "w4"} for text in (*long[1:], "w5", long[2])]
+    flags |= dict(outputs=write_rows(tmp_path / "y.jsonl", rows), model="", name="y")
+    found, _ = evaluate("alpaca", **flags)
+    for part in ("not judged: longer", "reference without an output", "no row for", "had one"):
+        assert [n for name, n in found["notes"].items() if part in name] == [1]
+    flags["outputs"] = write_rows(tmp_path / "z.jsonl", [{"instruction": "w1 w2 ", "output": "w4"}])
+    assert "no instruction in common" in refused(evaluate, "alpaca", **flags | {"name": "z"})
+
+
+@pytest.mark.parametrize("said, opened", [("\\boxed{7}", 0), ("1</think>\\boxed{7}", 1)])
+@pytest.mark.parametrize("cut", [0, 1])
+def test_eval_thoughts(evaluate, monkeypatch, tmp_path, said, opened, cut):
+    """Bug: a template opens the thoughts, and what stands in them is paid, shown or a verdict."""
+    said, right = said.replace("1</think>", "") if cut else said, not cut  # they never end
+    scores = block("A: 9", "B: 1")
+    texts = {(1,): "<think>\n", (2,): said, (3,): said.replace("\\boxed{7}", scores)}
+    actor = SimpleNamespace(text=lambda ids: texts.get((*ids,), ""))
+    answers = {}
+    for what, ids in (("RewardBench", [3]), ("x", [2]), ("AlpacaEval", [2])):
+        answers[what] = evaluators.spoken(actor, [1] if cut or opened else [], [Completion(ids)])
+
+    def answer(self, what, model, prompts, *how):
+        return [answers[what]] * len(prompts)
+
+    monkeypatch.setattr(evaluators.Evaluation, "texts", answer)
+    problems = write_rows(tmp_path / "x.jsonl", [{"problem": "w1?", "answer": "7"}])
+    found, _ = evaluate("reasoning", problems=problems)
+    assert found["scores"]["composite"]["value"] == 100 * right
+    lists = write_rows(tmp_path / "l.jsonl", [{"prompt": "w1", "chosen": "a", "rejected": "b"}])
+    found, _ = evaluate("rewardbench", lists=lists)
+    assert found["scores"]["all lists, parsed"]["value"] == 100 * right
+    evaluate("alpaca", reference=write_rows(tmp_path / "y.jsonl", [json.loads(OUTPUT)]))
+    [row] = json.loads((tmp_path / "evals/m/alpaca/model_outputs.json").read_text())
+    assert row["output"] == "\\boxed{7}" * right
+
+
+def test_eval_compares_annotations(evaluate, tmp_path, capsys):
+    """Bug: one model of all official files; n and notes of the first alone; tables run off."""
+    pair = {"instruction": "w1", "output_1": "a", "output_2": "b", "annotator": "gpt"}
+    files, said = [], iter([[2, 2, None], [1, 2, 1], [1, 1, 1], [None] * 3])
+    for name in ("one", "two", "a-name-that-is-longer-than-a-column", "none"):
+        rows = [pair | {"generator_2": name, "preference": p} for p in next(said)]
+        rows = [row | {"instruction": f"w{i}"} for i, row in enumerate(rows)]
+        (tmp_path / name / "weighted").mkdir(parents=True)
+        files.append(write_rows(tmp_path / name / "weighted/annotations.jsonl", rows))
+    evaluate("alpaca", model="", name="", annotations=files)
+    [path] = (tmp_path / "evals").glob("alpaca-one+two*.json")
+    columns = json.loads(path.read_text())
+    scores = {name: column["alpaca: win rate"] for name, column in columns.items()}
+    assert (scores["two"]["n"], scores["two"]["note"]) == (3, "judged by gpt")
+    assert (scores["two - one"]["n"], scores["two - one"]["note"]) == (2, "3 rows against 2")
+    assert (scores["none"]["error"], scores["none - one"]["value"]) == (None, None)
+    printed = capsys.readouterr().out.splitlines()
+    table = [line for line in printed if line.startswith("|")]
+    assert max(map(len, printed)) <= 100 and len(table) > 10 and "2/3" in "".join(table)
+
+
+def test_eval_one_model_in_memory(evaluate, folder, tmp_path, monkeypatch):
+    """Bug: a model that refers to itself (FSDP) stays in memory beside the next one."""
+    alive, real = [], urpo.load_actor
+
+    def load_actor(*how):
+        assert [model() for model in alive] == [None] * len(alive)
+        actor = real(*how)
+        actor.model.itself = [actor.model]
+        alive.append(weakref.ref(actor.model))
+        return actor
+
+    monkeypatch.setattr(urpo, "load_actor", load_actor)
+    reference = write_rows(tmp_path / "x.jsonl", [{"instruction": "w1", "output": "w2"}])
+    models = [save(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    gc.disable()
+    evaluate("alpaca", model=models, name="", judge=folder, reference=reference)
+    gc.enable()
+    assert len(alive) == 4
 
 
 def test_eval_samples_by_suite(evaluate, folder, tmp_path, monkeypatch):
@@ -1876,18 +2013,18 @@ def test_eval_samples_by_suite(evaluate, folder, tmp_path, monkeypatch):
     paths = [write_rows(tmp_path / "aime/test.jsonl", rows)]
     paths += [write_rows(tmp_path / "gsm.v2.jsonl", rows[:2])]
 
-    def ask(self, what, model, prompts, limit, n, temperature):
+    def texts(self, what, model, prompts, limit, n, temperature):
         assert (what, n, temperature) in [("aime", 4, 0.6), ("gsm.v2", 1, 0.0)]
         said = []
-        for rights in outcomes[self.name][: len(prompts)]:
+        for rights in outcomes[self.options.name][: len(prompts)]:
             said.append([{"text": "\\boxed{7}" * r, "truncated": False} for r in rights[:n]])
         return said
 
-    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
+    monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
     flags = dict(model=[folder, save(tmp_path / "other")], name=["a", "b"])
     evaluate("reasoning", problems=paths, samples=["aime=4@.6", "1"], **flags)
     columns = json.loads((tmp_path / "evals/reasoning-a+b.json").read_text())
-    expected = {"a/aime avg@4": (100 / 3, 22.0479), "a/aime pass@2": (50, 50 / 3**0.5)}
+    expected = {"a/aime avg@4": (100 / 3, 22.0479), "a/aime pass@4": (200 / 3, 100 / 3)}
     expected |= {"a/composite": (200 / 3, 22.0479 / 2), "b - a/aime avg@4": (50 / 3, 25 / 3)}
     for place, numbers in expected.items():  # in percent; b has 1/4, 1/4 and 0 more
         column, name = place.split("/")
@@ -1928,6 +2065,8 @@ def test_eval_tiny_world(monkeypatch, tmp_path):
 # fmt: off
 X, PROBLEM = "x.jsonl", '{"problem": "w1?", "answer": "1"}'
 PAIR = '{"instruction": "w1", "output_1": "a", "output_2": "b"'
+LIST = '{"prompt": "w1", "chosen": "a", "rejected": "b"}'
+OUTPUT = '{"instruction": "w1", "output": "w2"}'
 WRONG = [  # command, flags, content of a file X, message
     ("reasoning", {"model": ["x", "runs/x/final"], "name": ""}, "", "models called x, x"),
     ("reasoning", {"problems": X}, "", "has no rows"),
@@ -1940,12 +2079,17 @@ WRONG = [  # command, flags, content of a file X, message
     ("reasoning", {"model": ""}, "", "--model is missing"),
     ("rewardbench", {"lists": X}, '{"prompt": "w1", "chosen": "a", "rejected": 7}', "row 1"),
     ("alpaca", {"reference": X}, '{"instruction": "w1", "output": null}', "expected strings"),
-    ("alpaca", {"judge": "nobody"}, "", "nobody"),
+    ("alpaca", {"judge": "nobody", "reference": X}, OUTPUT, "nobody"),
     ("alpaca", {"seed": 1}, "", "--seed has no effect"),
     ("alpaca", {"annotations": X, "model": ""}, PAIR + ', "preference": "2"}', "preference"),
     ("alpaca", {"annotations": X, "model": "", "gamed": X}, (PAIR + "}\n") * 2, "expected a table"),
     ("alpaca", {"outputs": X, "model": ""}, "", "needs a --judge"),
     ("alpaca", {"gamed": X}, "", "--gamed has no effect"),
+    ("alpaca", {"outputs": X, "judge": "x", "seed": 1, "temperature": 1}, "", "--model has no"),
+    ("reasoning", {"problems": X, "max_new_tokens": 1020}, PROBLEM, "no prompt of x fits"),
+    ("rewardbench", {"lists": X, "judge_max_new_tokens": 990}, LIST, "RewardBench fits"),
+    ("reasoning", {"problems": X}, PROBLEM.replace("w1", "\\ud83d"), "row 1: half a surrogate"),
+    ("alpaca", {"annotations": [X, X], "model": "", "name": ""}, PAIR + "}", "called unknown, unk"),
     ("all", {"model": "", "name": "", "lists": X}, "", "--lists has no effect")]
 # fmt: on
 
@@ -1974,14 +2118,31 @@ def test_curves_of_seeds(tmp_path, capsys):
         file.write('{"step": 41, "eval/true_qua')
     evaluators.main(["curves", *map(str, runs), "--out", str(tmp_path / "curves.png")])
     printed = re.sub(" +", " ", capsys.readouterr().out)
-    assert "| n | a, first (± over 3 seeds) | a, last (± over 3 seeds) | b, first (1 " in printed
+    assert "| metric (n held out) | a, first | a, last | b, first | b, last |" in printed
+    assert "a: n 3, ± over seeds; to step 40, 40, 40\nb: n 1, ± over prompts" in printed
     cells = "0.500 ± 0.000 | 0.800 ± 0.115 | 0.500 ± 0.050 | 0.250 ± 0.050 |"  # 0.2 / sqrt(3)
-    assert f"| eval/true_quality | 77 | {cells}" in printed
-    assert "| raw_score/open | | 0.000 ± 0.000 | 0.800 ± 0.115 | 0.000 | 0.250 |" in printed
+    assert f"| eval/true_quality (77) | {cells}" in printed
+    assert "| raw_score/open | 0.000 ± 0.000 | 0.800 ± 0.115 | 0.000 | 0.250 |" in printed
     assert "no picture" in printed or (tmp_path / "curves.png").stat().st_size > 10000
-    (runs[-1] / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 2}\n')
-    with pytest.raises(BadInput, match="not JSON"):
-        evaluators.main(["curves", *map(str, runs)])
+    line = '{"step": 1, "loss": 2}\n'
+    wrong = {line + '{"ste\n': "not JSON", line * 2: "logged twice", "": "no metrics"}
+    for text, said in wrong.items():
+        (runs[-1] / "metrics.jsonl").write_text(text)
+        assert said in refused(evaluators.main, ["curves", *map(str, runs)])
+    assert "given twice" in refused(evaluators.main, ["curves", *map(str, runs[:1] * 2)])
+
+
+def test_arms(tmp_path, capsys):
+    """Bug: exp1/run and exp2/run are seeds of one arm; a seed that has just begun is an error."""
+    for name in ("exp1/run", "exp2/run", "exp1/r-s0", "exp1/r-s1"):
+        (tmp_path / name).mkdir(parents=True)
+        lines = [{"step": 0, "eval/true_quality": 0.5}, {"step": 1, "loss": 2.0}]
+        write_rows(tmp_path / name / "metrics.jsonl", lines[name == "exp1/r-s1" :])
+    runs = [str(tmp_path / name) for name in ("exp1/run", "exp2/run", "exp1/r-s0", "exp1/r-s1")]
+    evaluators.main(["curves", *runs, "--out", str(tmp_path / "curves.png"), "--all_panels"])
+    printed = capsys.readouterr().out
+    assert re.search("exp1/run, first +. exp1/run, last +. exp2/run, first", printed)
+    assert "exp1/r: n 2" in printed and max(map(len, printed.splitlines()[:-1])) <= 100
 
 
 def test_samples_page(tmp_path):
@@ -2001,13 +2162,18 @@ def test_samples_page(tmp_path):
     assert "<script" not in page and page.count(html.escape(hostile)) == 6
     assert page.count("</details>") == 2 and page.rindex("<table>") < page.rindex("</details>")
     cells = re.findall("<td><pre>(.*?)</pre>", page, re.S)
-    assert ["A", "4.00", html.escape(hostile), "B", "1.00", "worse"] == cells[5:11]
+    assert page.index("step 20") < page.index("step 1<")  # the newest first
+    start = cells.index("A")
+    assert cells[start : start + 6] == ["A", "4.00", html.escape(hostile), "B", "1.00", "worse"]
     assert "3.0 9.0" in cells and "does not parse" in cells and "-1.50" in cells
     assert "completion 1: 8.0\ncompletion 0: 2.0" in cells
     evaluators.main(["samples", str(tmp_path), "--steps", "1", "--out", str(tmp_path / "one.html")])
     assert "step 20" not in (tmp_path / "one.html").read_text(encoding="utf-8")
     with pytest.raises(BadInput, match="samples of 1, 20"):
         evaluators.main(["samples", str(tmp_path), "--steps", "7"])
+    for text, said in {"": "no samples yet", '{"step": 1}\n': "not JSON with"}.items():
+        (tmp_path / "samples.jsonl").write_text(text)
+        assert said in refused(evaluators.main, ["samples", str(tmp_path)])
 
 
 # ================================================================================ many ranks
