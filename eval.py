@@ -47,7 +47,7 @@ from tqdm.auto import tqdm
 
 import data_prep
 import urpo
-from data_prep import BadInput, in_one_line, tiny_quality, without_thoughts
+from data_prep import BadInput, in_one_line, without_thoughts
 from tools.runs import WIDTH, curves, cut, print_table, read_verdict, samples
 
 
@@ -234,10 +234,8 @@ class Evaluation:
 
 
 def spoken(actor: urpo.Actor, prompt_ids: list[int], group: list[urpo.Completion]) -> list[dict]:
-    """Some templates write <think> themselves: without it in front of what was said, thoughts that
-    never end would read like an answer."""
-    opened = "<think>" if actor.text(prompt_ids[-4:]).rstrip().endswith("<think>") else ""
-    return [{"text": opened + actor.text(c.ids), "truncated": c.truncated} for c in group]
+    """What was said, thoughts and all: each score takes what stands behind them."""
+    return [{"text": actor.text(c.ids, prompt_ids), "truncated": c.truncated} for c in group]
 
 
 @torch.no_grad()
@@ -687,10 +685,10 @@ def judge_prompt(tokenizer, asked: tuple) -> list[int] | None:
     """None where even cut responses do not fit."""
     item, shown, rng, config = asked
     try:
-        group = urpo.judge_group(item, item["responses"], shown, tokenizer, rng, config)
+        judge = urpo.judge_prompt(item, item["responses"], shown, tokenizer, rng, config)
     except ValueError:
         return None
-    return group.prompt_ids
+    return judge.prompt_ids
 
 
 def read_lists(options: Namespace) -> tuple[list[dict], int]:
@@ -706,7 +704,7 @@ def read_lists(options: Namespace) -> tuple[list[dict], int]:
                 continue
             if ties and not re.fullmatch("(ref|tied):[^:]+", str(row["id"])):
                 raise BadInput(f"{source}: row {row['id']}: id: expected ref:N or tied:N")
-            if len(scores) > len(data_prep.LABELS) and not ties:
+            if len(scores) > urpo.JUDGE.most and not ties:
                 raise BadInput(f"{source}: row {row['id']}: more responses than there are letters")
             best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
             responses = [task["responses"][i] for i in best_first]
@@ -921,8 +919,9 @@ def tiny_reference(options: Namespace) -> list[dict]:
 def tiny_verdicts(pairs: list[tuple[dict, dict]]) -> list[float]:
     """Like judge_pairs; the judge is the true quality, which this world knows."""
     preferences = []
+    quality = data_prep.TRUE_QUALITY["tiny"]
     for one, two in pairs:
-        ours, theirs = [tiny_quality(one["instruction"], row["output"]) for row in (two, one)]
+        ours, theirs = [quality(one["instruction"], row["output"]) for row in (two, one)]
         preferences.append(1.5 + ((ours > theirs) - (ours < theirs)) / 2)
     return preferences
 

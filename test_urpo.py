@@ -1764,9 +1764,9 @@ def test_eval_problems(tmp_path, row, answer, said, right):
 @pytest.mark.parametrize("size, judge, expected", FAKES)
 def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected):
     """Bug: one order only, failures as ties, verdicts not turned back, orders that know it."""
-    shown, real = [], urpo.judge_group
+    shown, real = [], urpo.judge_prompt
 
-    def judge_group(row, texts, order, *rest):
+    def judge_prompt(row, texts, order, *rest):
         shown.append([texts[i] for i in order])
         return real(row, texts, order, *rest)
 
@@ -1775,7 +1775,7 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
         shown.clear()  # rehearsed, then asked
         return [[{"text": block(*[f"{a}: {s}" for a, s in pairs])}] for pairs in scored]
 
-    monkeypatch.setattr(urpo, "judge_group", judge_group)
+    monkeypatch.setattr(urpo, "judge_prompt", judge_prompt)
     monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
     subset, wrong = {2: "hep-go", 4: "Math"}[size], ["bad", "worse", "no"][: size - 1]
     whole = judge([1]) != [8]  # else Ties has no complete pair of ref and tied

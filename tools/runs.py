@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 import torch
 
 import urpo
-from data_prep import LABELS, BadInput, in_one_line, without_thoughts
+from data_prep import LABELS, BadInput, in_one_line
 
 WIDTH = 100  # columns of what is printed: a terminal beside an editor
 
@@ -51,8 +51,7 @@ def read_lines(path: Path, *fields: str) -> list[dict]:
 
 
 def read_verdict(text: str, n: int) -> list[float] | None:
-    """A block of scores inside of thoughts is no verdict: it may be a draft."""
-    return urpo.parse_scores(without_thoughts(text), n)
+    return urpo.JUDGE.parse(text, n)
 
 
 # ================================================================================= Curves
