@@ -46,6 +46,7 @@ import data_prep
 import eval as evaluators
 import urpo
 from data_prep import BadInput, load_rows
+from tools import warm_up
 from urpo import KINDS, Completion, Group, completion_logprobs
 
 torch.set_num_threads(1)
@@ -1343,7 +1344,9 @@ def test_tiny_world(tmp_path, monkeypatch):
         ("", 0),
     ):
         assert data_prep.tiny_quality(wish, answer) == quality
+    kinds = ("verifiable", "preference", "open")
     few = {"train": (300, 300, 300), "heldout": (36, 30, 60)}
+    few = {side: dict(zip(kinds, counts)) for side, counts in few.items()}
     monkeypatch.setattr(data_prep, "TINY_ROWS", few)
     draw, rng = data_prep.tiny_problem, random.Random(0)
     again = lambda _, count: draw(random.Random(rng.randrange(400)), count)  # noqa: E731
@@ -1398,7 +1401,7 @@ def test_warm_up_teaches_the_form_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(urpo, "load_actor", load_actor)
     model = Path(data_prep.__file__).parent / "assets/tiny"
-    data_prep.warm_up(str(model), tmp_path / "warm", [path], seed=0, steps=1)
+    warm_up.warm_up(str(model), tmp_path / "warm", [path], seed=0, steps=1)
     targets = [labels[labels != -100].tolist() for _, labels in seen if labels is not None]
     actor = seen[0][0]
     assert {target[-1] for target in targets} == {actor.tokenizer.eos_token_id}

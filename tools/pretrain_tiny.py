@@ -1,12 +1,20 @@
-"""How the model in assets/tiny was made: python data_prep.py --pretrain_tiny FOLDER
+"""How the model in assets/tiny was made:
+
+    python tools/pretrain_tiny.py FOLDER [--seed N]
+    python urpo.py --preset tiny --model FOLDER
 
 The tiny world itself is in data_prep.py. Here are the people whose work the model was pretrained
-on, its tokenizer, and 1,600 steps of pretraining: about four minutes on one core.
+on, its tokenizer, and 1,600 steps of pretraining: about four minutes on one core. The model in
+assets/tiny has seed 0.
 """
 
+import argparse
 import random
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # urpo.py stands one folder above
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -213,3 +221,19 @@ def pretrain_tiny(out: Path, seed: int = 0, steps: int = 1600) -> None:
     )
     model.to(torch.bfloat16).save_pretrained(out)  # half the size; the trainer computes in float32
     tokenizer.save_pretrained(out)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", metavar="FOLDER", help="where the model is written")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    pretrain_tiny(Path(options.out), options.seed)
+
+
+if __name__ == "__main__":
+    main()
