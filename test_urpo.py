@@ -1412,6 +1412,27 @@ def test_warm_up_teaches_the_form_alone(tmp_path, monkeypatch):
     assert urpo.load_tokenizer(str(tmp_path / "warm"))[0].chat_template
 
 
+def job_warm_up(out, path):
+    model = Path(data_prep.__file__).parent / "assets/tiny"
+    warm_up.warm_up(str(model), out, [path], seed=0, steps=1)
+
+
+def test_warm_up_of_shards(tmp_path, monkeypatch):
+    """Bug: on a GPU, where models are sharded, the warm-up fails when it samples or saves."""
+    preference = row_of("preference", "a", responses=["It is 1", "2"], scores=[9, 1])
+    path = write_rows(tmp_path / "x.jsonl", [preference, row_of("verifiable", "Count", answer="1")])
+    on_ranks(1, job_warm_up, tmp_path / "plain", path)
+    torchrun = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    for name, value in (torchrun | dict(MASTER_PORT="0")).items():  # one process of torchrun
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job_warm_up(tmp_path / "shards", path)
+    torch.distributed.destroy_process_group()
+    plain, shards = (load_file(tmp_path / f"{n}/model.safetensors") for n in ("plain", "shards"))
+    assert plain.keys() == shards.keys()
+    assert all(torch.allclose(plain[key], shards[key], atol=1e-5) for key in plain)
+
+
 # ================================================================================= eval.py
 # fmt: off
 # Expected numbers are those of alpaca-eval 0.6.6 and rewardbench
