@@ -2,6 +2,7 @@
 
 Every docstring names the bug that its test guards against."""
 
+import contextlib
 import dataclasses
 import doctest
 import json
@@ -982,27 +983,62 @@ SAME = [  # answer, another spelling of it in a box
     ("0.00001", "10^{-5}"), ("300000", r"3\times10^5"), ("0.5", r"50\%"), (r"25\%", "25 percent"),
     ("x=5", "5"), ("96", r"48 \times 2 = 96"), ("(1,2)", "( 1, 2 )"), ("x^2+1", "x^{2}+1"),
     ("90", r"90^\circ"), (r"5\text{ cm}", "5"), ("18", r"18 \text{ dollars}"), ("6", "6 mph"),
-    ("C", r"\textbf{(C)}"), (r"a\}b", r"a\}b")]
+    ("C", r"\textbf{(C)}"), (r"a\}b", r"a\}b"), ("300000", r"x = 3 \times 10^{5}"),
+    ("3e+05", "300000"), ("6.02e23", "6.02 × 10²³"), ("-5", r"-\$5"), ("-5", "(–5)"), ("7", "+7"),
+    ("-0.5", r"- \frac{1}{2}"), ("9500", "9~500"), ("9500", r"9\,500"), ("150000", "1,50,000"),
+    ("9500", "9'500"), ("60%", r"\frac{3}{5}"), ("x = 12", "x = 12.0"), ("AB = 5", "5"),
+    ("5", "f(x) = 5"), ("a_1 = 3", r"a_{1} = \frac62 = 3"), ("C", r"\text{\textbf{C}}"),
+    ("42", r"{\bf 42}"), ("42", r"\boldsymbol{42}"), ("2 1/4", "2¼"), ("7", "７"),
+    (r"\\frac{3}{4}", "0.75"), ("$5", "5 dollars"), ("42", "42 km/h"), ("22", "22nd"),
+    ("3000000", "3 million"), ("B", "(B) cork"), (r"3\sqrt{2}", "3√2"), ("2, 5", r"2}$ and $\boxed{5")]
 OTHER = [  # answer, what is not surely the same, or not worked out
     ("18", "-18"), ("50", "0.5"), ("1/3", "0.33"), ("12345", "12, 345"), ("12", "1 2"),
     ("3", "x^2 = 3"), ("5", "x != 5"), ("5", "x=2, x=5"), ("x=2, y=3", "y=2, x=3"), ("A", "a"),
     ("[1,2)", "[1,2]"), ("6", "6xyz"), ("3 cm", "3 km"), ("18", "36/2"), ("377", "348+29"),
     ("2", "2 thirds"), ("3", "3 millions"), ("5", "5 dozens"), ("42", "٤٢"), ("2516_8", "2516"),
-    (r"A\rightarrow B", r"A\leftarrow B")]
+    (r"A\rightarrow B", r"A\leftarrow B"), ("1234567.89", "1234568"), ("12345.6789", "12345.67"),
+    ("1234567/2", "617283"), ("$5", "5 cents"), ("20 dollars", "€20"), ("$5", r"5\%"),
+    ("5", "5 grosses"), ("4", "4 gross"), ("3", "log x = 3"), ("3", r"\ln x = 3"), ("3", "lnx = 3"),
+    ("6", "2x = 6"), ("x = 3", "y = 3"), ("72", "7²"), ("9", r"9\pi"), ("2", "2, 5"), ("B", "B or C")]
 SAYS_24 = [
     "#### 24 apples\nof 48", "#### The answer is 24", "#### Step 3: add\nso 24.",
     r"<think>\boxed{17}</think> so \boxed{24}", "it costs $24.00!", r"\boxed{{24}}",
-    r"so \(x = 24\)", r"\fbox{24} of 50", r"so \boxed 24 of 50"]
+    r"so \(x = 24\)", r"\fbox{24} of 50", r"so \boxed 24 of 50", "12 * 2 = 24 of them.",
+    r"\boxed{24} is right; the tag </think> closes a thought", "<answer> 24 </answer>",
+    r"[THINK]\boxed{9}[/THINK] **24**", "\\[\nx = 24\n\\]", r"\boxed{2}. Wait, \boxed{24}"]
 SAYS_NOT_24 = [
     r"\boxed{24}. No: \boxed{}", "at 12:24", "24-year-old", r"<think>it may be \boxed{24}",
-    r"\boxed{24}</think> I mean 25", r"24, so \boxed{24", r"so $x = 24\sqrt{3}$", "2^{24}"]
+    r"\boxed{24}</think> I mean 25", r"24, so \boxed{24", r"so $x = 24\sqrt{3}$", "2^{24}",
+    r"<think>so \boxed{24}</think>", "<thought>24", "x is –24", r"a loss of -\$24", "minus 24",
+    "- \\frac{24}{1}", "24π", r"24 \pi", "3 + 24i", "24 + x", "x - 24", "24²", "24 × 10^5",
+    "5 × 10^24", "7 24/25", "1 024", "1'024", "1{,}024", "24 dozen", "log x = 24", "2x = 24",
+    "x > 24", "2 or 24", "10-24", r"\sqrt 24", "24 squared", "$24{,}500", "24! ways"]
+THOUGHTS = [  # what a model says, its answer
+    ("<think>a</think>b", "b"), ("a</think>b", "b"), ("<think>a </think> b", " b"), ("a", "a"),
+    ("<think>a", ""), ("<think>a</think>\n", ""), ("<think>a</think>b<think>\nc", ""),
+    ("\n<think>\n\n</think>\n\nb", "\n\nb"), ("<thought>a</thought>b", "b"), ("b<Think>a", ""),
+    ("<think>a [THINK] </thought> b", ""),
+    *((text, text) for text in (
+        "The tag </think> ends it.", "It is `<think>a</think>`.", 'Write "</think>" and go on.',
+        "The tags <think> and </think> are a pair.", "a <b>b</b>"))]
+UNITS_OF_TEXT = ["\\(", "\\[", "\\boxed", "\\boxed{1},", "\\boxed ", "$", "$a ", "<", "< ", "9", "9 ",
+                 "9,", "a", "a ", "#", "{", "- ", "</think>", " <think> ", "√", "\n\nHuman:", " ", "\n"]
 HOSTILE = [
     "^".join("9" * 40), "(" * 100_000, "1 " + "a b " * 70, "10^{99999999}", "1e99999999", r"\frac",
     r"\frac{1}{" * 50, r"\frac{1}{0}", "\ud800\0", "1" + " " * 290 + "x", "9" * 90 + "e99"]
 FORMULAS = [  # completion, answer, verdict of math_verify
     (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt2}{2}", 1), ("x" * 9000 + "$1+x^2$", "x^2+1", 1),
     (r"<think>\boxed{3}</think>\boxed{4}", "3", 0), (r"<think>it is \boxed{3}", "3", 0),
-    (r"\boxed{9^{9^{9^9}}}", "5", 0), (r"\boxed{12}", "12", 1), (r"\boxed{", r"\frac{", 0)]
+    (r"\boxed{9^{9^{9^9}}}", "5", 0), (r"\boxed{12}", "12", 1), (r"\boxed{", r"\frac{", 0),
+    (r"\boxed{2}. Wait, \boxed{3}", "3", 1), (r"in \boxed{}: \boxed{\sqrt{12}}", r"2\sqrt3", 1),
+    *((rf"\boxed{{{claim}}}", gold, 0) for claim, gold in (
+        ("seat", "east"), ("ABDC", "ABCD"), ("A, C, B", "A, B, C"), ("r-R", "R-r"), ("0.1", "3:30"),
+        (r"\{1,2\}", "(1,2)"), (r"(\frac{90}{2}, 180)", "(45,180)"), ("6:4", "3:2"), ("6ab", "6"),
+        (r"\delta x", r"\Delta x"), ("x^2 = 3", "3"), (r"42 \text{ million}", "42"), ("3_8", "3"),
+        ("log x = 3", "3"), (r"\sqrt2\text{ km}", r"\sqrt2\text{ m}"), ("x > 3", "3"))),
+    *((rf"\boxed{{{claim}}}", gold, 1) for claim, gold in (
+        (r"9\,500", "9500"), ("C.", "C"), ("3e5", "300000"), ("2x+1", "y = 1+2x"), ("5, 2", "2,5"),
+        (r"3\sqrt2\text{ cm}", r"\sqrt{18}"), ("x = 2, x = 5", "2, 5"), (r"x\in(1,2)", "(1,2)")))]
 # fmt: on
 
 
@@ -1016,6 +1052,27 @@ def test_verify_answer():
     start = time.perf_counter()
     got = [(text, answer, data_prep.verify_answer(text, answer)) for text, answer, _ in cases]
     assert got == cases and time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("text,answer", THOUGHTS)
+def test_thoughts_are_no_answer(text, answer):
+    """Bug: thoughts are judged and graded; an answer that names the tag loses what it says."""
+    assert data_prep.without_thoughts(text) == answer
+
+
+@pytest.mark.parametrize("unit", UNITS_OF_TEXT)
+def test_reading_is_linear(unit):
+    """Bug: a policy that writes "\\(" for long hangs its trainer."""
+    read = [data_prep.without_thoughts, data_prep.gold, data_prep.chat, data_prep.final_answer]
+    read += [lambda text: data_prep.verify_answer(rf"\boxed{{{text}}}", "24")]
+    for function in read:
+        seconds = []
+        for text in ("so 24 ", unit):
+            start = time.perf_counter()
+            with contextlib.suppress(data_prep.Drop, ValueError):
+                function(text * (1_000_000 // len(text)))
+            seconds.append(time.perf_counter() - start)
+        assert seconds[1] < 10 * seconds[0] + 2, function
 
 
 def test_math_verify_knows_formulas_and_survives_them(monkeypatch):
