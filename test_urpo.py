@@ -990,7 +990,8 @@ SAME = [  # answer, another spelling of it in a box
     ("5", "f(x) = 5"), ("a_1 = 3", r"a_{1} = \frac62 = 3"), ("C", r"\text{\textbf{C}}"),
     ("42", r"{\bf 42}"), ("42", r"\boldsymbol{42}"), ("2 1/4", "2¼"), ("7", "７"),
     (r"\\frac{3}{4}", "0.75"), ("$5", "5 dollars"), ("42", "42 km/h"), ("22", "22nd"),
-    ("3000000", "3 million"), ("B", "(B) cork"), (r"3\sqrt{2}", "3√2"), ("2, 5", r"2}$ and $\boxed{5")]
+    ("3000000", "3 million"), ("B", "(B) cork"), (r"3\sqrt{2}", "3√2"),
+    ("2, 5", r"2}$ and $\boxed{5")]
 OTHER = [  # answer, what is not surely the same, or not worked out
     ("18", "-18"), ("50", "0.5"), ("1/3", "0.33"), ("12345", "12, 345"), ("12", "1 2"),
     ("3", "x^2 = 3"), ("5", "x != 5"), ("5", "x=2, x=5"), ("x=2, y=3", "y=2, x=3"), ("A", "a"),
@@ -999,7 +1000,8 @@ OTHER = [  # answer, what is not surely the same, or not worked out
     (r"A\rightarrow B", r"A\leftarrow B"), ("1234567.89", "1234568"), ("12345.6789", "12345.67"),
     ("1234567/2", "617283"), ("$5", "5 cents"), ("20 dollars", "€20"), ("$5", r"5\%"),
     ("5", "5 grosses"), ("4", "4 gross"), ("3", "log x = 3"), ("3", r"\ln x = 3"), ("3", "lnx = 3"),
-    ("6", "2x = 6"), ("x = 3", "y = 3"), ("72", "7²"), ("9", r"9\pi"), ("2", "2, 5"), ("B", "B or C")]
+    ("6", "2x = 6"), ("x = 3", "y = 3"), ("72", "7²"), ("9", r"9\pi"), ("2", "2, 5"),
+    ("B", "B or C")]
 SAYS_24 = [
     "#### 24 apples\nof 48", "#### The answer is 24", "#### Step 3: add\nso 24.",
     r"<think>\boxed{17}</think> so \boxed{24}", "it costs $24.00!", r"\boxed{{24}}",
@@ -1021,8 +1023,9 @@ THOUGHTS = [  # what a model says, its answer
     *((text, text) for text in (
         "The tag </think> ends it.", "It is `<think>a</think>`.", 'Write "</think>" and go on.',
         "The tags <think> and </think> are a pair.", "a <b>b</b>"))]
-UNITS_OF_TEXT = ["\\(", "\\[", "\\boxed", "\\boxed{1},", "\\boxed ", "$", "$a ", "<", "< ", "9", "9 ",
-                 "9,", "a", "a ", "#", "{", "- ", "</think>", " <think> ", "√", "\n\nHuman:", " ", "\n"]
+UNITS_OF_TEXT = [
+    "\\(", "\\[", "\\boxed", "\\boxed{1},", "\\boxed ", "$", "$a ", "<", "< ", "9", "9 ", "9,", "a",
+    "a ", "#", "{", "- ", "</think>", " <think> ", "√", "\n\nHuman:", " ", "\n"]
 HOSTILE = [
     "^".join("9" * 40), "(" * 100_000, "1 " + "a b " * 70, "10^{99999999}", "1e99999999", r"\frac",
     r"\frac{1}{" * 50, r"\frac{1}{0}", "\ud800\0", "1" + " " * 290 + "x", "9" * 90 + "e99"]
@@ -1117,13 +1120,16 @@ TREE = node("Q", None, node("A", 0, node(
 GOLDS = [  # what a column holds, the answer that it means
     ("1,234.50", "1234.50"), ("#### $12", "12"), ("#### 3\nThe end.", "3"),
     (r"is $\boxed 3$.", "3"), (r"is \fbox{3}", "3"), (["$180$"], "180"), ('["0"]', "0"),
+    ("9 (apples)", "9"), (r"\\sqrt{2}", r"\sqrt{2}"), ('"70"', "70"), ("[70]", "70"),
     (1e-05, "0.00001"), (142.0, "142"), ("343 and 512", "343 and 512"), ("Evelyn", "Evelyn"),
     (r"\frac{a}{b}+\frac{c}{d}-\frac{e}{f}", r"\frac{a}{b}+\frac{c}{d}-\frac{e}{f}")]
 NO_GOLDS = [
     r"\boxed{}", ["1", "-1"], '{"x": 1}', NAN, math.inf, True, "proof", "notfound", "None",
+    "['a', 'b']", "b'70'", "array(['70'])",
     "It is 1.", "The result: 5", "x" * 400, "a word or two of a long explanation that goes on"]
 CONVERTED = [  # prompt, its answer or {response: score}, raw rows that mean this
     (ASKED, None, ["Q", dict(prompt="Q", key=1, kwargs=[{}]), dict(messages=json.dumps(ASKED)),
+        dict(prompt=json.dumps({"messages": ASKED})), dict(instruction="Q", context=None),
         dict(prompt="Q", messages=dialogue("Q", "A", "Q2", "A2")),
         dict(messages=[dict(role="User", content=[dict(type="text", text="Q")])])]),
     (turn("Do\n\nthis"), None, [dict(instruction="Do", input="this", output="no"),
@@ -1138,7 +1144,8 @@ CONVERTED = [  # prompt, its answer or {response: score}, raw rows that mean thi
     *((ASKED, answer, [dict(problem="Q", answer=value)]) for value, answer in GOLDS),
     (turn("C\n\nQ"), "4", [dict(ID="1", Body="C", Question="Q", Answer=4.0),
         dict(question="Q", final_answer=["$4$"], context="C", solution=["s"])]),
-    (turn("(A) 1 (B) 2"), "B", [dict(question="(A) 1 (B) 2", answer="B")]),
+    (turn("(A) 1 (B) 2"), "B", [
+        dict(question="(A) 1 (B) 2", answer=answer) for answer in ("B", "b", "B. 2", "Option B")]),
     (ASKED, {"mean": 4.5, "part": 2.0}, [dict(instruction="Q", completions=RATED)]),
     (TALK, {"worst": 0.0, "mid": 1.0, "best": 2.0}, [dict(message_tree_id="t", prompt=TREE)]),
     (ASKED, {"good": 8.5, "bad": 3.0}, [dict(instruction="Q", chosen_response="good",
@@ -1177,6 +1184,11 @@ REFUSED = [  # raw row, a column or word that the reason names
     (dict(conversations=dialogue("Q", "A", "Q2", "A2"), **CHOSEN), "a chat of several turns"),
     (dict(messages=ASKED + turn(None, "assistant")), "message"),
     (dict(prompt="<|im_start|>user\nhi"), "written out"),
+    (dict(prompt='["Q"]'), "prompt"), (dict(prompt="['Q', 'R']"), "prompt"),
+    (dict(prompt="Q", **CHOSEN, Chosen="bad", Rejected="good"), "one name"),
+    *((dict(prompt="Q") | dict.fromkeys(columns.split()), "is null") for columns in (
+        "answer", "chosen rejected", "reward_model", "responses scores", "completions")),
+    (dict(question="A. iron B. cork", answer="2"), "index"),
     (dict(prompt="Q", reward_model=dict(style="model", ground_truth="x")), "style"),
     (dict(kind="verifiable", prompt="Q", answer="3", responses=["x"]), "responses"),
     (dict(message_tree_id="t", prompt=node("Q", None) | {"replies": 1}), "message_tree_id"),
@@ -1198,12 +1210,18 @@ APPLES = "Anna has twelve apples and gives three of them to her two friends. How
 HELD = [
     dict(question=APPLES, answer="x #### 6"), dict(question="Which planet is red?", choices=["a"]),
     dict(prompt="Hi", chosen=["a"], rejected=["b"]), dict(unheard=1),
-    dict(question="What is the capital of Peru?", final_answer=["$1$"], solution=["s"])]
+    dict(question="What is the capital of Peru?", final_answer=["$1$"], solution=["s"]),
+    dict(prompt="小明有十二个苹果，他把其中三个给了两个朋友，请问现在一共有多少个？"),
+    dict(prompt="สมชายมีแอปเปิลสิบสองผลและให้เพื่อนสองคนไปสามผล"),
+    dict(prompt="Find $x$ with $x + 1 = 2$.")]
 COPIES = [
     f"Think hard. {APPLES.upper()} Answer in a box.", APPLES.partition("friends")[0] + "sisters?",
+    "小明有十二个苹果,他把其中三个给了两个朋友,请问现在一共有多少个？ 请一步步推理。",
+    "ตอบ\nสมชายมีแอปเปิลสิบสองผลและให้เพื่อนสองคนไปสามผล", r"Find \(x\) with \(x + 1 = 2\).",
     "hi", "Tell me: which planet is red, please", "x. what is the  capital of peru"]
 INNOCENT = [
-    "Anna has twelve apples and gives away all. What now?", "Hi there", "Which planet is blue?"]
+    "Anna has twelve apples and gives away all. What now?", "Hi there", "Which planet is blue?",
+    "小红有三个朋友，请问她家离学校有多远？"]
 FORMS = {  # file name: content
     "array.json": b'[\n"one",\n {"prompt": "two"}]', "l@x.json": b'"three"\n\n"four"',
     "a@b#c:9.jsonl": b'"five"', "wide.jsonl": '"\u4e0a six"\n"seven"'.encode("utf-16"),
@@ -1212,6 +1230,11 @@ FORMS = {  # file name: content
 BROKEN = [
     ("x.jsonl", None), ("x.csv", None), ("owner/unknown", None), ("sums", None), ("", None),
     ("x.parquet", b"PAR1 no"), ("x.json", b"[1,"), ("x.jsonl", b""), ("x.jsonl.gz", b"no"),
+    *((name, text.encode()) for name, text in (  # two columns of one name
+        ("x.csv", "problem,answer,answer\nQ,4,5\n"),
+        ("x.tsv", "problem\tanswer\tanswer\nQ\t4\t5\n"),
+        ("x.jsonl", '{"problem": "Q", "answer": "4", "answer": "5"}'),
+        ("x.json", '[{"problem": "Q", "answer": "4", "answer": "5"}]'))),
     ("x.txt", b"?"), ("x.jsonl", b'{"odd": 1}' * 99), ("x.jsonl", b'{"' + b"odd" * 200 + b'": 1}')]
 # fmt: on
 
@@ -1320,6 +1343,15 @@ def test_bad_input_is_one_line(prepared, monkeypatch):
     assert len(os.listdir("out")) == 2  # and no temporary file
 
 
+@pytest.mark.parametrize(
+    "mix", ["16:16:16", "open=0", "opn=1", "open=1,open=2", "open=1,", "open=-1"]
+)
+def test_mix_names_its_kinds(mix):
+    """Bug: a new kind breaks every mix, or a mix with a slip trains on something else."""
+    assert doctest.testmod(data_prep).failed == 0
+    assert "--mix" in refused(data_prep.mix_counts, mix, KINDS)
+
+
 def test_order_split_and_seed(prepared):
     """Bug: chosen is always first, LIMIT takes the first, prompts on both sides, other bytes."""
     raw = [dict(prompt=f"Q{i % 500}", chosen=f"{i}", rejected="bad") for i in range(1000)]
@@ -1348,7 +1380,7 @@ def test_exclude(prepared, tmp_path, capsys, monkeypatch):
     write_rows(tmp_path / "held.jsonl", HELD)
     rows, _ = prepared(COPIES + INNOCENT, "--exclude", "held.jsonl")
     assert sorted(map(words_of, rows)) == INNOCENT
-    assert "4 rows, 1 WITHOUT" in capsys.readouterr().out
+    assert "7 rows, 1 WITHOUT" in capsys.readouterr().out
     write_rows(tmp_path / "held.jsonl", [{"unheard": 1}])
     assert "no prompt" in refusal("x.jsonl", "--exclude", "held.jsonl")
     seen = []
