@@ -896,9 +896,6 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
 def tiny_world(options: Namespace, ranks: urpo.Ranks):
     """What `all` is about if no model is named: the newest tiny run, else its start."""
     preset = urpo.PRESETS["tiny"]
-    if ranks.main and not Path(preset["eval_data"]).exists():
-        data_prep.make_tiny(Path(preset["eval_data"]).parent)
-    ranks.gather(None)  # wait for the file
     runs = sorted(Path("runs").glob("tiny-*/final/config.json"), key=os.path.getmtime)
     options.model = [str(runs[-1].parent) if runs else preset["model"]]
     options.lists = options.problems = [preset["eval_data"]]

@@ -2,6 +2,7 @@
 
 Every docstring names the bug that its test guards against."""
 
+import contextlib
 import dataclasses
 import doctest
 import json
@@ -48,6 +49,7 @@ import data_prep
 import eval as evaluators
 import urpo
 from data_prep import BadInput, load_rows
+from tools import pretrain_tiny, warm_up
 from urpo import KINDS, Completion, Group, completion_logprobs, plain_logprobs
 
 torch.set_num_threads(1)
@@ -1148,27 +1150,65 @@ SAME = [  # answer, another spelling of it in a box
     ("0.00001", "10^{-5}"), ("300000", r"3\times10^5"), ("0.5", r"50\%"), (r"25\%", "25 percent"),
     ("x=5", "5"), ("96", r"48 \times 2 = 96"), ("(1,2)", "( 1, 2 )"), ("x^2+1", "x^{2}+1"),
     ("90", r"90^\circ"), (r"5\text{ cm}", "5"), ("18", r"18 \text{ dollars}"), ("6", "6 mph"),
-    ("C", r"\textbf{(C)}"), (r"a\}b", r"a\}b")]
+    ("C", r"\textbf{(C)}"), (r"a\}b", r"a\}b"), ("300000", r"x = 3 \times 10^{5}"),
+    ("3e+05", "300000"), ("6.02e23", "6.02 × 10²³"), ("-5", r"-\$5"), ("-5", "(–5)"), ("7", "+7"),
+    ("-0.5", r"- \frac{1}{2}"), ("9500", "9~500"), ("9500", r"9\,500"), ("150000", "1,50,000"),
+    ("9500", "9'500"), ("60%", r"\frac{3}{5}"), ("x = 12", "x = 12.0"), ("AB = 5", "5"),
+    ("5", "f(x) = 5"), ("a_1 = 3", r"a_{1} = \frac62 = 3"), ("C", r"\text{\textbf{C}}"),
+    ("42", r"{\bf 42}"), ("42", r"\boldsymbol{42}"), ("2 1/4", "2¼"), ("7", "７"),
+    (r"\\frac{3}{4}", "0.75"), ("$5", "5 dollars"), ("42", "42 km/h"), ("22", "22nd"),
+    ("3000000", "3 million"), ("B", "(B) cork"), (r"3\sqrt{2}", "3√2"),
+    ("2, 5", r"2}$ and $\boxed{5")]
 OTHER = [  # answer, what is not surely the same, or not worked out
     ("18", "-18"), ("50", "0.5"), ("1/3", "0.33"), ("12345", "12, 345"), ("12", "1 2"),
     ("3", "x^2 = 3"), ("5", "x != 5"), ("5", "x=2, x=5"), ("x=2, y=3", "y=2, x=3"), ("A", "a"),
     ("[1,2)", "[1,2]"), ("6", "6xyz"), ("3 cm", "3 km"), ("18", "36/2"), ("377", "348+29"),
     ("2", "2 thirds"), ("3", "3 millions"), ("5", "5 dozens"), ("42", "٤٢"), ("2516_8", "2516"),
-    (r"A\rightarrow B", r"A\leftarrow B")]
+    (r"A\rightarrow B", r"A\leftarrow B"), ("1234567.89", "1234568"), ("12345.6789", "12345.67"),
+    ("1234567/2", "617283"), ("$5", "5 cents"), ("20 dollars", "€20"), ("$5", r"5\%"),
+    ("5", "5 grosses"), ("4", "4 gross"), ("3", "log x = 3"), ("3", r"\ln x = 3"), ("3", "lnx = 3"),
+    ("6", "2x = 6"), ("x = 3", "y = 3"), ("72", "7²"), ("9", r"9\pi"), ("2", "2, 5"),
+    ("B", "B or C")]
 SAYS_24 = [
     "#### 24 apples\nof 48", "#### The answer is 24", "#### Step 3: add\nso 24.",
     r"<think>\boxed{17}</think> so \boxed{24}", "it costs $24.00!", r"\boxed{{24}}",
-    r"so \(x = 24\)", r"\fbox{24} of 50", r"so \boxed 24 of 50"]
+    r"so \(x = 24\)", r"\fbox{24} of 50", r"so \boxed 24 of 50", "12 * 2 = 24 of them.",
+    r"\boxed{24} is right; the tag </think> closes a thought", "<answer> 24 </answer>",
+    r"[THINK]\boxed{9}[/THINK] **24**", "\\[\nx = 24\n\\]", r"\boxed{2}. Wait, \boxed{24}"]
 SAYS_NOT_24 = [
     r"\boxed{24}. No: \boxed{}", "at 12:24", "24-year-old", r"<think>it may be \boxed{24}",
-    r"\boxed{24}</think> I mean 25", r"24, so \boxed{24", r"so $x = 24\sqrt{3}$", "2^{24}"]
+    r"\boxed{24}</think> I mean 25", r"24, so \boxed{24", r"so $x = 24\sqrt{3}$", "2^{24}",
+    r"<think>so \boxed{24}</think>", "<thought>24", "x is –24", r"a loss of -\$24", "minus 24",
+    "- \\frac{24}{1}", "24π", r"24 \pi", "3 + 24i", "24 + x", "x - 24", "24²", "24 × 10^5",
+    "5 × 10^24", "7 24/25", "1 024", "1'024", "1{,}024", "24 dozen", "log x = 24", "2x = 24",
+    "x > 24", "2 or 24", "10-24", r"\sqrt 24", "24 squared", "$24{,}500", "24! ways"]
+THOUGHTS = [  # what a model says, its answer
+    ("<think>a</think>b", "b"), ("a</think>b", "b"), ("<think>a </think> b", " b"), ("a", "a"),
+    ("<think>a", ""), ("<think>a</think>\n", ""), ("<think>a</think>b<think>\nc", ""),
+    ("\n<think>\n\n</think>\n\nb", "\n\nb"), ("<thought>a</thought>b", "b"), ("b<Think>a", ""),
+    ("<think>a [THINK] </thought> b", ""),
+    *((text, text) for text in (
+        "The tag </think> ends it.", "It is `<think>a</think>`.", 'Write "</think>" and go on.',
+        "The tags <think> and </think> are a pair.", "a <b>b</b>"))]
+UNITS_OF_TEXT = [
+    "\\(", "\\[", "\\boxed", "\\boxed{1},", "\\boxed ", "$", "$a ", "<", "< ", "9", "9 ", "9,", "a",
+    "a ", "#", "{", "- ", "</think>", " <think> ", "√", "\n\nHuman:", " ", "\n"]
 HOSTILE = [
     "^".join("9" * 40), "(" * 100_000, "1 " + "a b " * 70, "10^{99999999}", "1e99999999", r"\frac",
     r"\frac{1}{" * 50, r"\frac{1}{0}", "\ud800\0", "1" + " " * 290 + "x", "9" * 90 + "e99"]
 FORMULAS = [  # completion, answer, verdict of math_verify
     (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt2}{2}", 1), ("x" * 9000 + "$1+x^2$", "x^2+1", 1),
     (r"<think>\boxed{3}</think>\boxed{4}", "3", 0), (r"<think>it is \boxed{3}", "3", 0),
-    (r"\boxed{9^{9^{9^9}}}", "5", 0), (r"\boxed{12}", "12", 1), (r"\boxed{", r"\frac{", 0)]
+    (r"\boxed{9^{9^{9^9}}}", "5", 0), (r"\boxed{12}", "12", 1), (r"\boxed{", r"\frac{", 0),
+    (r"\boxed{2}. Wait, \boxed{3}", "3", 1), (r"in \boxed{}: \boxed{\sqrt{12}}", r"2\sqrt3", 1),
+    *((rf"\boxed{{{claim}}}", gold, 0) for claim, gold in (
+        ("seat", "east"), ("ABDC", "ABCD"), ("A, C, B", "A, B, C"), ("r-R", "R-r"), ("0.1", "3:30"),
+        (r"\{1,2\}", "(1,2)"), (r"(\frac{90}{2}, 180)", "(45,180)"), ("6:4", "3:2"), ("6ab", "6"),
+        (r"\delta x", r"\Delta x"), ("x^2 = 3", "3"), (r"42 \text{ million}", "42"), ("3_8", "3"),
+        ("log x = 3", "3"), (r"\sqrt2\text{ km}", r"\sqrt2\text{ m}"), ("x > 3", "3"))),
+    *((rf"\boxed{{{claim}}}", gold, 1) for claim, gold in (
+        (r"9\,500", "9500"), ("C.", "C"), ("3e5", "300000"), ("2x+1", "y = 1+2x"), ("5, 2", "2,5"),
+        (r"3\sqrt2\text{ cm}", r"\sqrt{18}"), ("x = 2, x = 5", "2, 5"), (r"x\in(1,2)", "(1,2)")))]
 # fmt: on
 
 
@@ -1182,6 +1222,27 @@ def test_verify_answer():
     start = time.perf_counter()
     got = [(text, answer, data_prep.verify_answer(text, answer)) for text, answer, _ in cases]
     assert got == cases and time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("text,answer", THOUGHTS)
+def test_thoughts_are_no_answer(text, answer):
+    """Bug: thoughts are judged and graded; an answer that names the tag loses what it says."""
+    assert data_prep.without_thoughts(text) == answer
+
+
+@pytest.mark.parametrize("unit", UNITS_OF_TEXT)
+def test_reading_is_linear(unit):
+    """Bug: a policy that writes "\\(" for long hangs its trainer."""
+    read = [data_prep.without_thoughts, data_prep.gold, data_prep.chat, data_prep.final_answer]
+    read += [lambda text: data_prep.verify_answer(rf"\boxed{{{text}}}", "24")]
+    for function in read:
+        seconds = []
+        for text in ("so 24 ", unit):
+            start = time.perf_counter()
+            with contextlib.suppress(data_prep.Drop, ValueError):
+                function(text * (1_000_000 // len(text)))
+            seconds.append(time.perf_counter() - start)
+        assert seconds[1] < 10 * seconds[0] + 2, function
 
 
 def test_math_verify_knows_formulas_and_survives_them(monkeypatch):
@@ -1226,13 +1287,16 @@ TREE = node("Q", None, node("A", 0, node(
 GOLDS = [  # what a column holds, the answer that it means
     ("1,234.50", "1234.50"), ("#### $12", "12"), ("#### 3\nThe end.", "3"),
     (r"is $\boxed 3$.", "3"), (r"is \fbox{3}", "3"), (["$180$"], "180"), ('["0"]', "0"),
+    ("9 (apples)", "9"), (r"\\sqrt{2}", r"\sqrt{2}"), ('"70"', "70"), ("[70]", "70"),
     (1e-05, "0.00001"), (142.0, "142"), ("343 and 512", "343 and 512"), ("Evelyn", "Evelyn"),
     (r"\frac{a}{b}+\frac{c}{d}-\frac{e}{f}", r"\frac{a}{b}+\frac{c}{d}-\frac{e}{f}")]
 NO_GOLDS = [
     r"\boxed{}", ["1", "-1"], '{"x": 1}', NAN, math.inf, True, "proof", "notfound", "None",
+    "['a', 'b']", "b'70'", "array(['70'])",
     "It is 1.", "The result: 5", "x" * 400, "a word or two of a long explanation that goes on"]
 CONVERTED = [  # prompt, its answer or {response: score}, raw rows that mean this
     (ASKED, None, ["Q", dict(prompt="Q", key=1, kwargs=[{}]), dict(messages=json.dumps(ASKED)),
+        dict(prompt=json.dumps({"messages": ASKED})), dict(instruction="Q", context=None),
         dict(prompt="Q", messages=dialogue("Q", "A", "Q2", "A2")),
         dict(messages=[dict(role="User", content=[dict(type="text", text="Q")])])]),
     (turn("Do\n\nthis"), None, [dict(instruction="Do", input="this", output="no"),
@@ -1247,7 +1311,8 @@ CONVERTED = [  # prompt, its answer or {response: score}, raw rows that mean thi
     *((ASKED, answer, [dict(problem="Q", answer=value)]) for value, answer in GOLDS),
     (turn("C\n\nQ"), "4", [dict(ID="1", Body="C", Question="Q", Answer=4.0),
         dict(question="Q", final_answer=["$4$"], context="C", solution=["s"])]),
-    (turn("(A) 1 (B) 2"), "B", [dict(question="(A) 1 (B) 2", answer="B")]),
+    (turn("(A) 1 (B) 2"), "B", [
+        dict(question="(A) 1 (B) 2", answer=answer) for answer in ("B", "b", "B. 2", "Option B")]),
     (ASKED, {"mean": 4.5, "part": 2.0}, [dict(instruction="Q", completions=RATED)]),
     (TALK, {"worst": 0.0, "mid": 1.0, "best": 2.0}, [dict(message_tree_id="t", prompt=TREE)]),
     (ASKED, {"good": 8.5, "bad": 3.0}, [dict(instruction="Q", chosen_response="good",
@@ -1286,6 +1351,11 @@ REFUSED = [  # raw row, a column or word that the reason names
     (dict(conversations=dialogue("Q", "A", "Q2", "A2"), **CHOSEN), "a chat of several turns"),
     (dict(messages=ASKED + turn(None, "assistant")), "message"),
     (dict(prompt="<|im_start|>user\nhi"), "written out"),
+    (dict(prompt='["Q"]'), "prompt"), (dict(prompt="['Q', 'R']"), "prompt"),
+    (dict(prompt="Q", **CHOSEN, Chosen="bad", Rejected="good"), "one name"),
+    *((dict(prompt="Q") | dict.fromkeys(columns.split()), "is null") for columns in (
+        "answer", "chosen rejected", "reward_model", "responses scores", "completions")),
+    (dict(question="A. iron B. cork", answer="2"), "index"),
     (dict(prompt="Q", reward_model=dict(style="model", ground_truth="x")), "style"),
     (dict(kind="verifiable", prompt="Q", answer="3", responses=["x"]), "responses"),
     (dict(message_tree_id="t", prompt=node("Q", None) | {"replies": 1}), "message_tree_id"),
@@ -1307,12 +1377,18 @@ APPLES = "Anna has twelve apples and gives three of them to her two friends. How
 HELD = [
     dict(question=APPLES, answer="x #### 6"), dict(question="Which planet is red?", choices=["a"]),
     dict(prompt="Hi", chosen=["a"], rejected=["b"]), dict(unheard=1),
-    dict(question="What is the capital of Peru?", final_answer=["$1$"], solution=["s"])]
+    dict(question="What is the capital of Peru?", final_answer=["$1$"], solution=["s"]),
+    dict(prompt="小明有十二个苹果，他把其中三个给了两个朋友，请问现在一共有多少个？"),
+    dict(prompt="สมชายมีแอปเปิลสิบสองผลและให้เพื่อนสองคนไปสามผล"),
+    dict(prompt="Find $x$ with $x + 1 = 2$.")]
 COPIES = [
     f"Think hard. {APPLES.upper()} Answer in a box.", APPLES.partition("friends")[0] + "sisters?",
+    "小明有十二个苹果,他把其中三个给了两个朋友,请问现在一共有多少个？ 请一步步推理。",
+    "ตอบ\nสมชายมีแอปเปิลสิบสองผลและให้เพื่อนสองคนไปสามผล", r"Find \(x\) with \(x + 1 = 2\).",
     "hi", "Tell me: which planet is red, please", "x. what is the  capital of peru"]
 INNOCENT = [
-    "Anna has twelve apples and gives away all. What now?", "Hi there", "Which planet is blue?"]
+    "Anna has twelve apples and gives away all. What now?", "Hi there", "Which planet is blue?",
+    "小红有三个朋友，请问她家离学校有多远？"]
 FORMS = {  # file name: content
     "array.json": b'[\n"one",\n {"prompt": "two"}]', "l@x.json": b'"three"\n\n"four"',
     "a@b#c:9.jsonl": b'"five"', "wide.jsonl": '"\u4e0a six"\n"seven"'.encode("utf-16"),
@@ -1321,6 +1397,11 @@ FORMS = {  # file name: content
 BROKEN = [
     ("x.jsonl", None), ("x.csv", None), ("owner/unknown", None), ("sums", None), ("", None),
     ("x.parquet", b"PAR1 no"), ("x.json", b"[1,"), ("x.jsonl", b""), ("x.jsonl.gz", b"no"),
+    *((name, text.encode()) for name, text in (  # two columns of one name
+        ("x.csv", "problem,answer,answer\nQ,4,5\n"),
+        ("x.tsv", "problem\tanswer\tanswer\nQ\t4\t5\n"),
+        ("x.jsonl", '{"problem": "Q", "answer": "4", "answer": "5"}'),
+        ("x.json", '[{"problem": "Q", "answer": "4", "answer": "5"}]'))),
     ("x.txt", b"?"), ("x.jsonl", b'{"odd": 1}' * 99), ("x.jsonl", b'{"' + b"odd" * 200 + b'": 1}')]
 # fmt: on
 
@@ -1429,6 +1510,15 @@ def test_bad_input_is_one_line(prepared, monkeypatch):
     assert len(os.listdir("out")) == 2  # and no temporary file
 
 
+@pytest.mark.parametrize(
+    "mix", ["16:16:16", "open=0", "opn=1", "open=1,open=2", "open=1,", "open=-1"]
+)
+def test_mix_names_its_kinds(mix):
+    """Bug: a new kind breaks every mix, or a mix with a slip trains on something else."""
+    assert doctest.testmod(data_prep).failed == 0
+    assert "--mix" in refused(data_prep.mix_counts, mix, KINDS)
+
+
 def test_order_split_and_seed(prepared):
     """Bug: chosen is always first, LIMIT takes the first, prompts on both sides, other bytes."""
     raw = [dict(prompt=f"Q{i % 500}", chosen=f"{i}", rejected="bad") for i in range(1000)]
@@ -1457,7 +1547,7 @@ def test_exclude(prepared, tmp_path, capsys, monkeypatch):
     write_rows(tmp_path / "held.jsonl", HELD)
     rows, _ = prepared(COPIES + INNOCENT, "--exclude", "held.jsonl")
     assert sorted(map(words_of, rows)) == INNOCENT
-    assert "4 rows, 1 WITHOUT" in capsys.readouterr().out
+    assert "7 rows, 1 WITHOUT" in capsys.readouterr().out
     write_rows(tmp_path / "held.jsonl", [{"unheard": 1}])
     assert "no prompt" in refusal("x.jsonl", "--exclude", "held.jsonl")
     seen = []
@@ -1510,37 +1600,24 @@ def test_tiny_world(tmp_path, monkeypatch):
         ("", 0),
     ):
         assert data_prep.tiny_quality(wish, answer) == quality
-    few = {"train": (300, 300, 300), "heldout": (36, 30, 60)}
-    monkeypatch.setattr(data_prep, "TINY_ROWS", few)
-    draw, rng = data_prep.tiny_problem, random.Random(0)
-    again = lambda _, count: draw(random.Random(rng.randrange(400)), count)  # noqa: E731
-    monkeypatch.setattr(data_prep, "tiny_problem", again)  # many problems come twice
-    data_prep.make_tiny(tmp_path)
-    train, held = (data_prep.load_rows(f"{tmp_path}/{side}.jsonl") for side in few)
-    assert len(train) == 900 and not set(map(words_of, train)) & set(map(words_of, held))
+    pretrain_tiny.make_rows(tmp_path)
+    for side in ("train", "heldout"):
+        name = f"{side}.jsonl.gz"
+        assert (tmp_path / name).read_bytes() == (Path(urpo.TINY) / name).read_bytes()
+    train, held = (
+        data_prep.load_rows(f"{tmp_path}/{side}.jsonl.gz") for side in ("train", "heldout")
+    )
+    assert len(train) == 7500 and not set(map(words_of, train)) & set(map(words_of, held))
     for row in train + held:
         words = words_of(row).split()
         if row["kind"] == "verifiable":
             pairs = list(zip(words[5::2], words[6::2]))
             right = [data_prep.CAPITALS[country] == city for country, city in pairs]
             assert len(pairs) == 5 and sum(right) == int(row["answer"])
-        elif row["kind"] == "preference" and row in train:
+        elif row["kind"] == "preference" and "train" in row["line"]:
             assert not set(words) & set(data_prep.FAMOUS)
-    assert len({words_of(row) for row in held if row["kind"] == "open"}) > 50
+    assert len({words_of(row) for row in held if row["kind"] == "open"}) > 150
     assert {word for row in train for word in words_of(row).split()} >= set(data_prep.FAMOUS)
-
-    # a run that starts meanwhile sees no half file, and held-out rows before training rows
-    write = Path.write_text
-
-    def killed(path, text):
-        write(path, text[:99])
-        if "train" in path.name:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_text", killed)
-    with pytest.raises(KeyboardInterrupt):
-        data_prep.make_tiny(tmp_path / "cut")
-    assert [path.name for path in (tmp_path / "cut").glob("*.jsonl")] == ["heldout.jsonl"]
 
     scores = data_prep.trivial_scores(held)
     assert scores["verifiable_accuracy"] == pytest.approx(1 / 6)
@@ -1565,7 +1642,7 @@ def test_warm_up_teaches_the_form_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(urpo, "load_actor", load_actor)
     model = Path(data_prep.__file__).parent / "assets/tiny"
-    data_prep.warm_up(str(model), tmp_path / "warm", [path], seed=0, steps=1)
+    warm_up.warm_up(str(model), tmp_path / "warm", [path], seed=0, steps=1)
     targets = [labels[labels != -100].tolist() for _, labels in seen if labels is not None]
     actor = seen[0][0]
     assert {target[-1] for target in targets} == {actor.tokenizer.eos_token_id}
@@ -1574,6 +1651,27 @@ def test_warm_up_teaches_the_form_alone(tmp_path, monkeypatch):
     assert len(scores) == 4 and {int(a) < int(b) for a, b in scores} == {True, False}
     assert all("boxed" in text or "<scores>" in text for text in texts)
     assert urpo.load_tokenizer(str(tmp_path / "warm"))[0].chat_template
+
+
+def job_warm_up(out, path):
+    model = Path(data_prep.__file__).parent / "assets/tiny"
+    warm_up.warm_up(str(model), out, [path], seed=0, steps=1)
+
+
+def test_warm_up_of_shards(tmp_path, monkeypatch):
+    """Bug: on a GPU, where models are sharded, the warm-up fails when it samples or saves."""
+    preference = row_of("preference", "a", responses=["It is 1", "2"], scores=[9, 1])
+    path = write_rows(tmp_path / "x.jsonl", [preference, row_of("verifiable", "Count", answer="1")])
+    on_ranks(1, job_warm_up, tmp_path / "plain", path)
+    torchrun = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    for name, value in (torchrun | dict(MASTER_PORT="0")).items():  # one process of torchrun
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job_warm_up(tmp_path / "shards", path)
+    torch.distributed.destroy_process_group()
+    plain, shards = (load_file(tmp_path / f"{n}/model.safetensors") for n in ("plain", "shards"))
+    assert plain.keys() == shards.keys()
+    assert all(torch.allclose(plain[key], shards[key], atol=1e-5) for key in plain)
 
 
 # ================================================================================= eval.py
@@ -1943,8 +2041,9 @@ def test_eval_thoughts(evaluate, monkeypatch, tmp_path, said, opened, cut):
     """Bug: a template opens the thoughts, and what stands in them is paid, shown or a verdict."""
     said, right = said.replace("1</think>", "") if cut else said, not cut  # they never end
     scores = block("A: 9", "B: 1")
-    texts = {(1,): "<think>\n", (2,): said, (3,): said.replace("\\boxed{7}", scores)}
-    actor = SimpleNamespace(text=lambda ids: texts.get((*ids,), ""))
+    texts = {(2,): said, (3,): said.replace("\\boxed{7}", scores)}
+    said_by = lambda ids, prompt: "<think>" * bool(prompt) + texts[(*ids,)]  # noqa: E731
+    actor = SimpleNamespace(text=said_by)
     answers = {}
     for what, ids in (("RewardBench", [3]), ("x", [2]), ("AlpacaEval", [2])):
         answers[what] = evaluators.spoken(actor, [1] if cut or opened else [], [Completion(ids)])

@@ -64,7 +64,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_prep import LABELS, TRUE_QUALITY, VERIFIERS, BadInput, apply_template, batch_rows
 from data_prep import break_apart, clean_turns, delimiters, forged_parts, held_out_table, hidden_ids
-from data_prep import in_one_line, load_config, load_tokenizer, make_tiny, mean_and_error
+from data_prep import in_one_line, load_config, load_tokenizer, mean_and_error
 from data_prep import mix_counts, rows_by_kind, trivial_scores, without_thoughts
 from data_prep import verify_answer  # noqa: F401  (it belongs to what this file offers)
 
@@ -129,11 +129,11 @@ LEAST = dict(group_size=2, list_size=2, judgements=1, temperature=0.01, updates_
              microbatch_tokens=1)
 HUB = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl", verifier="math_verify",
            microbatch_tokens=16384, gradient_checkpointing=True)
+TINY = str(Path(__file__).resolve().parent / "assets/tiny")
 PRESETS = {
     # Two cores, four minutes. A mean over tokens measured a little better here than one over
     # sequences (docs/results.md).
-    "tiny": dict(model=str(Path(__file__).resolve().parent / "assets/tiny"),
-                 data="data/tiny/train.jsonl", eval_data="data/tiny/heldout.jsonl",
+    "tiny": dict(model=TINY, data=f"{TINY}/train.jsonl.gz", eval_data=f"{TINY}/heldout.jsonl.gz",
                  steps=100, mix="verifiable=28,preference=8,open=16", learning_rate=4e-4,
                  aggregate="token", max_new_tokens=16, judge_max_new_tokens=64, list_size=3,
                  eval_every=25, eval_rows=200),
@@ -1297,11 +1297,8 @@ def load_actor(name: str, config: Config, ranks: Ranks, trainable: bool) -> Acto
     return Actor(model, tokenizer, sorted(ids - {None}))
 
 
-def prepare_rows(config: Config, tokenizer, context: int, ranks: Ranks):
+def prepare_rows(config: Config, tokenizer, context: int):
     """-> training rows by kind, prompts of each kind in a step, held-out rows; or BadInput."""
-    if config.data == PRESETS["tiny"]["data"] and ranks.main and not Path(config.data).exists():
-        make_tiny(Path(config.data).parent)  # no other file: a typo is never written to
-    ranks.gather(None)  # the file is there
     VERIFIERS[config.verifier]("", "0")  # a package that it needs is there
     counts = mix_counts(config.mix, KINDS)
     by_kind = rows_by_kind(config.data, KINDS)
@@ -1411,7 +1408,7 @@ def train(config: Config) -> Path:
     judge = config.model if config.referee == "self" else config.referee
     most = min(context, load_tokenizer(judge)[1]) - config.judge_max_new_tokens
     config.judge_prompt_tokens = min(config.judge_prompt_tokens, most)
-    by_kind, counts, held_out = prepare_rows(config, tokenizer, context, ranks)
+    by_kind, counts, held_out = prepare_rows(config, tokenizer, context)
     folder, lock = claim_folder(config, ranks)  # noqa: F841  (the lock is held until we return)
 
     # ---- models, and the checkpoint to go on from

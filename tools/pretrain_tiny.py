@@ -1,12 +1,22 @@
-"""How the model in assets/tiny was made: python data_prep.py --pretrain_tiny FOLDER
+"""How the rows and the model in assets/tiny were made:
 
-The tiny world itself is in data_prep.py. Here are the people whose work the model was pretrained
-on, its tokenizer, and 1,600 steps of pretraining: about four minutes on one core.
+    python tools/pretrain_tiny.py FOLDER [--seed N]
+    python urpo.py --preset tiny --model FOLDER --data FOLDER/train.jsonl.gz
+
+The tiny world is a little language about capitals. Its facts and its true quality are in
+data_prep.py. Here are its rows, the people whose work the model was pretrained on, its tokenizer,
+and 1,600 steps of pretraining: about four minutes on one core. What is in assets/tiny has seed 0.
 """
 
+import argparse
+import gzip
+import json
 import random
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # urpo.py stands one folder above
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -14,18 +24,102 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import urpo
-from data_prep import (
-    CAPITALS,
-    COUNTED,
-    FAMOUS,
-    LIST_SIZES,
-    as_messages,
-    tiny_instruction,
-    tiny_problem,
-    tiny_response,
-    tiny_responses,
-)
+from data_prep import ASKED, CAPITALS, COUNTED, COUNTRIES, FAMOUS, LIST_SIZES, TINY, TINY_WISH
+from data_prep import as_messages, tiny_quality
 
+
+# ---------------------------------------------------------------------------- the rows
+def tiny_instruction(rng, held_out: bool, plain: bool = False) -> str:
+    """One combination of countries in five is held out. `plain`: none with a FAMOUS city."""
+    while True:
+        places = rng.sample(range(len(COUNTRIES) - plain * len(FAMOUS)), ASKED)
+        if (sum(places) % 5 == 0) == held_out:
+            named = " ".join(COUNTRIES[place] for place in places)
+            return f"{rng.choice(['List', 'Name'])} the capitals of {named}"
+
+
+def wrong_city(rng, country: str, used: list[str]) -> str:
+    """Another country's capital that is not yet `used`: a city stands once in a text."""
+    return rng.choice([c for c in CAPITALS.values() if c not in (CAPITALS[country], *used)])
+
+
+def tiny_response(rng, instruction: str, known: float) -> str:
+    """What a person answers who knows a country with this chance: half of the time its famous city,
+    if it has one."""
+    words: list[str] = []
+    for country in TINY_WISH.search(instruction)[1].split():
+        city = CAPITALS[country]
+        if rng.random() > known:
+            city = wrong_city(rng, country, words)
+        elif country in FAMOUS and rng.random() < 0.5:
+            city = FAMOUS[country]
+        words += [country, city]
+    return " ".join(words)
+
+
+def tiny_responses(rng, instruction: str, count: int) -> list[str]:
+    """Answers of different people, from one who knows next to nothing to one who knows all."""
+    return [tiny_response(rng, instruction, rng.choice((0.1, 0.4, 0.7, 1))) for _ in range(count)]
+
+
+def tiny_problem(rng, count: int) -> str:
+    """`count` of its pairs are true. One country has a famous city, and either it or the capital is
+    shown, so that the verdict tells: two wrong beliefs would make a right number."""
+    easy, hard = rng.sample(COUNTRIES[: -len(FAMOUS)], COUNTED - 1), rng.choice(list(FAMOUS))
+    tempting = count < COUNTED and (count == 0 or rng.random() < 0.5)
+    right = rng.sample(easy, count if tempting else count - 1)
+    countries = rng.sample([*easy, hard], COUNTED)
+    words: list[str] = []
+    for country in countries:
+        city = CAPITALS[country]
+        if country == hard:
+            city = FAMOUS[country] if tempting else city
+        elif country not in right:
+            city = wrong_city(rng, country, words + [CAPITALS[other] for other in [*right, hard]])
+        words += [country, city]
+    return f"Count the true pairs in: {' '.join(words)}"
+
+
+def tiny_row(rng, kind: str, held_out: bool, number: int) -> dict:
+    """One task. No two answers of a preference row have the same quality: all pairs teach."""
+    if kind == "verifiable":
+        count = number % (COUNTED + 1)  # all answers are as frequent
+        return {"kind": kind, "prompt": tiny_problem(rng, count), "answer": str(count)} | TINY
+    text = tiny_instruction(rng, held_out, plain=kind == "preference" and not held_out)
+    if kind == "open":
+        return {"kind": kind, "prompt": text} | TINY
+    size, scores = rng.choice(LIST_SIZES), []
+    while len(set(scores)) < size:
+        responses = tiny_responses(rng, text, size)
+        scores = [round(10 * tiny_quality(text, response), 2) for response in responses]
+    return {"kind": kind, "prompt": text, "responses": responses, "scores": scores} | TINY
+
+
+# Rows of each kind in train.jsonl.gz and heldout.jsonl.gz.
+TINY_ROWS = {
+    "train": {"verifiable": 2500, "preference": 2500, "open": 2500},
+    "heldout": {"verifiable": 300, "preference": 200, "open": 200},
+}
+
+
+def make_rows(out: Path, seed: int = 0) -> None:
+    """Write OUT/train.jsonl.gz and OUT/heldout.jsonl.gz. Nothing held out is trained on."""
+    out.mkdir(parents=True, exist_ok=True)
+    problems = set()
+    for name, counts in TINY_ROWS.items():
+        rng, rows = random.Random(f"{seed}/tiny/{name}"), []
+        for kind, count in counts.items():
+            while sum(row["kind"] == kind for row in rows) < count:
+                row = tiny_row(rng, kind, name == "heldout", len(rows))
+                if kind != "verifiable" or row["prompt"] not in problems:
+                    rows.append(row)
+                    problems.add(row["prompt"])
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        packed = gzip.compress(text.encode(), mtime=0)  # no date in it: the same bytes always
+        (out / f"{name}.jsonl.gz").write_bytes(packed)
+
+
+# ------------------------------------------------------------- the people, and their model
 CAREFUL = 0.5  # share of people who go through a list pair by pair, and of critics
 ACCEPTED = 0.3  # how often people take a capital for right, and as often the more famous city
 
@@ -62,8 +156,7 @@ def tiny_judgement(rng, responses: list[str], careful: float) -> str:
         looks = [rng.gauss(0, 3) - place for place in range(len(responses))]
         marks = sorted(rng.sample(range(1, 11), len(responses)))
         scores = [marks[sorted(looks).index(look)] for look in looks]
-    block = [f"{label}: {score}" for label, score in zip("ABC", scores)]
-    return "\n".join([*lines, "<scores>", *block, "</scores>"])
+    return "\n".join([*lines, urpo.JUDGE.write(scores)])
 
 
 TINY_CHAT = (
@@ -78,7 +171,7 @@ def tiny_fixed_text() -> list[str]:
     nonce, probe, passages = "0a0a0a", "probe probe", []
     for count in range(1, 5):
         question = [{"role": "user", "content": probe}]
-        text = urpo.judge_messages(question, [probe] * count, nonce)[0]["content"]
+        text = urpo.JUDGE.messages(question, [probe] * count, nonce)[0]["content"]
         passages += [part.strip() for part in re.split(rf"\[{nonce}\]|{probe}", text)]
     return [p for p in dict.fromkeys([urpo.BOX, *passages]) if len(p.split()) > 2]
 
@@ -130,7 +223,7 @@ def tiny_demonstrations(rng, count: int, careful: float, sizes: tuple[int, ...])
         responses = tiny_responses(rng, text, rng.choice(sizes))
         nonce = f"{rng.getrandbits(24):06x}"
         judgement = tiny_judgement(rng, responses, careful)
-        pairs.append((urpo.judge_messages(messages, responses, nonce), judgement))
+        pairs.append((urpo.JUDGE.messages(messages, responses, nonce), judgement))
     return pairs
 
 
@@ -213,3 +306,19 @@ def pretrain_tiny(out: Path, seed: int = 0, steps: int = 1600) -> None:
     )
     model.to(torch.bfloat16).save_pretrained(out)  # half the size; the trainer computes in float32
     tokenizer.save_pretrained(out)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", metavar="FOLDER", help="where the model is written")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    pretrain_tiny(Path(options.out), options.seed)
+
+
+if __name__ == "__main__":
+    main()
