@@ -7,6 +7,18 @@
 
 `python urpo.py --help` explains every setting.
 
+What a step does. It takes a batch of three kinds of task, and samples a group of completions for
+each of them from one model, the policy. Every completion gets one number, its reward:
+
+    verifiable   a problem whose answer is known. Reward: 1 if the final answer is right, else 0.
+    preference   a judge prompt: an instruction and some responses, whose true order is known. The
+                 completions are judgements. Reward: how far they agree with that order, -1 to 1.
+    open         an instruction, and no truth at all. The policy is shown its own completions in the
+                 same judge prompt, as their referee. Reward: the rank that it gives, -1 to 1.
+
+Then one GRPO update learns from all of them. So preference tasks train the referee that pays the
+open ones. The referee's judgements of open completions have no truth and are never trained on.
+
 How to read this file. Sections 1 to 6 are the algorithm, with the numbers of README's list; read
 them from the top. `urpo_step`, in section 6, puts all of it together in one function. Sections 7
 to 10 are what a run needs besides: measurements, many processes, files, speed.
@@ -88,7 +100,7 @@ class Config:
     seed: int = setting(0, "all random numbers are functions of it, the step and row or rank")
     device: str = setting("", "cpu, cuda or cuda:N; empty: cuda where there is one")
     # batch, sampling
-    steps: int = setting(200, "optimizer steps, each on fresh rollouts")
+    steps: int = setting(200, "rollouts, each with --updates_per_rollout optimizer updates")
     mix: str = setting("verifiable=16,preference=16,open=16", "prompts of each kind in a step")
     group_size: int = setting(8, "completions per prompt (G): their mean is noisy below 4")
     max_new_tokens: int = setting(512, "longest answer of the player, tokens")
@@ -123,10 +135,12 @@ class Config:
 
 
 
-# No number below this one makes sense; other settings may be 0. (A group of one has no baseline.)
+# The least value of each setting that must not be 0. One completion alone would be its own mean,
+# and one response alone has no rank: so groups and lists have two members at least.
 LEAST = dict(group_size=2, list_size=2, judgements=1, temperature=0.01, updates_per_rollout=1,
              steps=1, max_new_tokens=1, judge_max_new_tokens=1, rollout_tokens=1,
              microbatch_tokens=1)
+# What the presets with a model from the Hub have in common.
 HUB = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl", verifier="math_verify",
            microbatch_tokens=16384, gradient_checkpointing=True)
 TINY = str(Path(__file__).resolve().parent / "assets/tiny")
@@ -163,13 +177,18 @@ class Completion:
 
 @dataclass
 class JudgePrompt:
-    """A judge prompt: a referee is shown some responses and is asked for their scores."""
+    """A prompt that shows some responses and asks for their scores.
+
+    It is used twice. A preference task is one (`Group.judge`): its judgements are the completions
+    of the group, and are trained on. And the referee answers some about the completions of an open
+    group (`Group.judged`): those judgements are the `completions` here, and are never trained on.
+    """
 
     prompt_ids: list[int]  # [P], ends where a completion begins
     limit: int  # new tokens of a judgement, at most
     shown: list[int]  # shown[0] is the index of the response that is called A, and so on
-    responses: list[str]  # their texts in this order, as shown
-    completions: list[Completion] = field(default_factory=list)  # judgements
+    responses: list[str]  # their texts in this order, without thoughts, cut if they were too long
+    completions: list[Completion] = field(default_factory=list)  # the referee's; see above
 
     def scores(self, judgement: Completion) -> list[float] | None:
         """What a judgement says of the responses, in the order shown; None if it does not parse."""
@@ -184,16 +203,18 @@ class Group:
     prompt_ids: list[int]  # [P], ends where a completion begins
     limit: int  # new tokens of a completion, at most
     truth: object = None  # verifiable: the answer; preference: true scores in the order shown
-    judge: JudgePrompt | None = None  # preference: what the prompt shows
+    judge: JudgePrompt | None = None  # preference: the task itself; `completions` answer it
     completions: list[Completion] = field(default_factory=list)
-    judged: list[JudgePrompt] = field(default_factory=list)  # open: about its own completions
+    judged: list[JudgePrompt] = field(default_factory=list)  # open: they show `completions`
 
 
 # ================================================================================ 1 Format
-# Chat messages become prompt ids. What data say never acts as a part of the prompt's frame: what
-# it could forge is broken apart, all else stays byte for byte.
+# Chat messages become prompt ids. Prompts and responses are data, and could imitate the frame that
+# we put around them: a special token, the end of a turn, a score block. So whatever looks like a
+# piece of the frame is "broken apart": a space is put behind its first character ("<scores>"
+# becomes "< scores>"). All other text stays byte for byte. The patterns are in data_prep.py.
 BOX = "Think step by step, then put your final answer within \\boxed{}."
-SHORTEST = 40  # characters that a cut response keeps at least: less would be all marker
+SHORTEST = 40  # a response is never cut below this many characters: little of it would be left
 
 
 def encode(tokenizer, messages: list[dict]) -> list[int]:
@@ -297,8 +318,8 @@ def parse_scores(text: str, n: int) -> list[float] | None:
 
 @dataclass(frozen=True)
 class JudgeForm:
-    """How a judge is asked and answers. Everybody who judges, and everybody who imitates a judge
-    (the warm-up, the tiny model's pretraining), uses JUDGE: another form is another line there."""
+    """How a judge is asked, and how it answers. Training, evaluation, the warm-up and the tiny
+    model's pretraining all use the one form JUDGE below. To try another form, change it there."""
 
     messages: Callable  # (chat messages, responses, nonce) -> chat messages of the judge prompt
     parse: Callable  # (text, n) -> n scores, higher is better; None if it is no verdict
@@ -343,8 +364,9 @@ def open_group(row, tokenizer, rng, config) -> Group:
 
 
 def preference_group(row, tokenizer, rng, config, shown: list[int] | None = None) -> Group:
-    """A judge prompt about a random list of the row's responses, or about those that are `shown`:
-    the order in which they are stored must not leak the truth."""
+    """A judge prompt about some of the row's responses, in random order: the order in which they
+    are stored (best first, often) must not leak the truth. Evaluation says itself what is `shown`.
+    """
     if shown is None:
         shown = draw_list(row["scores"], min(config.list_size, JUDGE.most), rng)
     judge = judge_prompt(row, row["responses"], shown, tokenizer, rng, config)
@@ -414,7 +436,9 @@ def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperatu
 
     results = {}
     was_training = model.training
-    model.eval()  # no dropout: the trainer must see the policy that sampled
+    # In training mode transformers' gradient checkpointing would throw the cache away (and other
+    # models than ours would have dropout).
+    model.eval()
     for batch in tqdm(batches, desc=progress, leave=False, disable=not progress):
         batch_limits = [limits[i] for i in batch]
         found = generate(model, [prompts[i] for i in batch], n, batch_limits, temperature, stop_ids)
@@ -434,8 +458,9 @@ def generate(model, prompts: list[list[int]], n: int, limits: list[int], tempera
                     logits = model(prompt + ids)[-1]
                     ids.append(draw(softmax(logits / temperature)))
 
-    The loop itself is transformers' `model.generate`. Two things of section 10 are plugged in: a
-    cache that holds every prompt once for its n rows, and `Sampler`, which draws."""
+    The loop itself is transformers' `model.generate`. Three things of section 10 are plugged in: a
+    cache that holds every prompt once for its n rows; `Sampler`, which draws; and, for the speed of
+    a CPU alone, `blocked_weights`."""
     width, device = max(map(len, prompts)), model.device
     # Rows have different prompts: padding stands on the left, and the mask says where it is.
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
@@ -474,7 +499,9 @@ def generate(model, prompts: list[list[int]], n: int, limits: list[int], tempera
 
 
 # ================================================================================ 3 Reward
-UNPARSABLE = -1.5  # below the worst ranking, -1: among wrong judgements, too, the form pays
+# The reward of a judgement that cannot be read. The worst one that can be read gets -1. So even in
+# a group where all judgements are wrong, those in the right form get the better advantage.
+UNPARSABLE = -1.5
 
 
 def ranking_reward(scores: list[float] | None, truth: list[float]) -> float:
@@ -532,7 +559,8 @@ def score_judgements(group: Group, config) -> list[tuple[str, float]]:
         scores = group.judge.scores(completion)
         found.append(("parse_rate", float(scores is not None)))
         found.append(("referee_tau", ranking_reward(scores, group.truth) if scores else 0.0))
-        for better, worse in ordered_pairs(group.truth):  # a tie is not right, nor is silence
+        for better, worse in ordered_pairs(group.truth):
+            # a tie is not right, and neither is a judgement that does not parse
             right = scores is not None and scores[better] > scores[worse]
             found.append(("referee_accuracy", float(right)))
     return found
@@ -598,10 +626,11 @@ def pairwise_wins(group: Group) -> list[float]:
     """For each completion its mean pairwise win, in [-1, 1], over the lists that parsed. Ranks and
     not scores, for the referee is trained on order alone.
 
-    An answer that no list could score gets -1 if others of its group got a score. Without this
-    rule, to spoil the critique would cost nothing, and policies learn to do so (docs/results.md:
-    open quality falls from 0.92 to 0.81 between steps 100 and 200). If no list of the group parsed
-    that is the referee's fault: no signal (NaN) for any of it."""
+    An answer can confuse the referee, so that no judgement of a list with this answer parses. Such
+    an answer gets -1 if others of its group got a score. Without this rule it would get no signal
+    and lose nothing, and policies learn to write such answers (docs/results.md: open quality falls
+    from 0.92 to 0.81 between steps 100 and 200). If no list of the whole group parsed, that is the
+    referee's fault, and there is no signal (NaN) for any of its answers, empty ones included."""
     wins = [[] for _ in group.completions]
     for question in group.judged:
         scores = question.scores(question.completions[0])
@@ -636,7 +665,8 @@ KINDS = {
 
 
 def pay_all(groups: list[Group], referee: Actor, config, rng):
-    """Every group by its kind. A reward of one's own may be a numpy number or a tensor of one."""
+    """Write the reward of every completion, with the function of its kind. A function that you add
+    may write a numpy number or a tensor of one element: here it becomes a float."""
     for name, kind in KINDS.items():
         members = [group for group in groups if group.row["kind"] == name]
         kind.pay(members, referee, config, rng)
@@ -647,9 +677,12 @@ def pay_all(groups: list[Group], referee: Actor, config, rng):
 
 # ================================================================================ 4 Advantage, loss
 def group_advantages(rewards: Tensor, scale_std: bool = True) -> Tensor:
-    """[groups, G] rewards -> [groups, G] advantages (r - mean) / (std + 1e-6) over finite rewards.
-    NaN = no signal: advantage 0, outside of the statistics. Sample deviation (ddof 1: TRL, verl).
-    Exactly 0 where max == min, for in float32 the deviation of equal numbers is not always 0.
+    """[groups, G] rewards -> [groups, G] advantages, (r - mean) / (std + 1e-6) within each group.
+
+    A reward of NaN is no signal: it counts neither in the mean nor in the deviation, and its
+    advantage is 0. The deviation divides by one less than the count, as in TRL and verl. A group
+    whose rewards are all equal gets exact zeros, by comparing the rewards: in float32 the deviation
+    of equal numbers can come out as 1e-8.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, float("nan")], [0.1, 0.1, 0.1]]), scale_std=False)
     tensor([[ 0.5000, -0.5000,  0.0000],
@@ -669,11 +702,17 @@ def group_advantages(rewards: Tensor, scale_std: bool = True) -> Tensor:
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2,
               clip_high=0.2, kl_coef=0.0, aggregate="sequence", denominator=None):
-    """GRPO's clipped objective with KL to a reference (DeepSeekMath, eq. 3, 4) -> (loss, metrics).
-    [B, T] log-probs, advantages [B], mask [B, T]: 1 on completion tokens, stop token included. The
-    `denominator` counts completions ("sequence"), tokens ("token") or completions x longest allowed
-    ("constant") of the whole optimizer step, over micro-batches and ranks; None: of this batch, T.
-    Metrics are sums over tokens, so that micro-batches can be added up."""
+    """GRPO's clipped objective with a KL term (DeepSeekMath, equations 3 and 4) -> (loss, metrics).
+
+    Log-probs and `mask` are [B, T], and `advantages` is [B]: all tokens of a completion share one.
+    The mask is 1 on the tokens of a completion, its stop token included, and 0 on padding.
+
+    The losses of many micro-batches, on many ranks, must add up to the loss of one step. So all of
+    them divide by one `denominator`, which counts what the whole step holds: completions
+    ("sequence"), tokens ("token"), or completions times the longest length allowed ("constant").
+    If it is None, this batch is taken for the whole step, and T for the longest length.
+
+    Metrics are sums over tokens, so that those of micro-batches can be added up, too."""
     mask = mask.to(logprobs.dtype)
     advantage = advantages.to(logprobs.dtype).unsqueeze(1)  # [B, 1]
     ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0).exp()
@@ -681,7 +720,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
     per_token = -torch.min(ratio * advantage, clipped_ratio * advantage)  # [B, T]
     kl = torch.zeros_like(mask)
     if kl_coef:
-        # k3 estimates KL(pi || ref); its gradient is that of KL(ref || pi). Clamped: exp(90) is inf
+        # The k3 estimate: its mean is KL(policy || ref), it is never negative, and the mean of its
+        # gradient is that of KL(ref || policy). It is clamped because exp(90) is inf in float32.
         d = (ref_logprobs - logprobs).masked_fill(mask == 0, 0).clamp(-20, 20)
         kl = d.exp() - d - 1
         per_token = per_token + kl_coef * kl
@@ -700,9 +740,10 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
 
     with torch.no_grad():
         below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
-        clipped = (below & (advantage < 0)) | (above & (advantage > 0))  # min() took this side
+        # where min() took the clipped ratio, which is a constant: these tokens have no gradient
+        clipped = (below & (advantage < 0)) | (above & (advantage > 0))
         sums = {"tokens": mask, "clip_fraction": clipped * mask, "kl": kl * mask,
-                "entropy": -logprobs * mask}  # of the tokens sampled
+                "entropy": -logprobs * mask}  # estimated from the sampled token alone
         return loss, {name: values.sum().item() for name, values in sums.items()}
 
 
@@ -784,7 +825,9 @@ def packed_inputs(rows: list[PackedRow], device) -> tuple:
             ids[r, start:end] = torch.tensor(completion.ids, dtype=torch.long)
             segments[r, start:end] = k
             positions[r, start:end] -= start - prompt_end
-            predictors = [prompt_end - 1, *range(start, end - 1)][: end - start]  # none: empty
+            # the end of the prompt predicts the first token, and each token the next one; the slice
+            # is for an empty completion (Ranks.equal_count), whose first token does not exist
+            predictors = [prompt_end - 1, *range(start, end - 1)][: end - start]
             sources += [r * length + place for place in predictors]
             targets += completion.ids
             start = end
@@ -794,7 +837,9 @@ def packed_inputs(rows: list[PackedRow], device) -> tuple:
         segments = segments.to(device)  # the mask is made there: on one CPU core it takes a second
         visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         mask = visible.tril().unsqueeze(1)
-        # All rows are plainly causal up to here, which sdpa computes faster (section 10).
+        # Up to the end of the shortest prompt all rows are plainly causal, which sdpa computes
+        # faster. transformers hands the mask on to `group_attention` (section 10) as it is, so this
+        # number can travel as an attribute of it.
         mask.causal_places = min(len(row.prompt) for row in rows)
     sources = torch.tensor(sources, dtype=torch.long, device=device)
     targets = torch.tensor(targets, dtype=torch.long, device=device)
@@ -818,7 +863,8 @@ def token_logprobs(model, ids, positions, mask, sources, targets, temperature) -
     return torch.cat(chunks)
 
 
-# A method of all models, for FSDP gathers weights in methods alone (Ranks.load registers this one).
+# FSDP gathers the weights of a model only around calls of its methods, so this function becomes a
+# method of every model. `Ranks.shard` tells FSDP about it.
 transformers.PreTrainedModel.token_logprobs = token_logprobs
 
 
@@ -841,9 +887,10 @@ padded = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)  #
 
 
 def set_advantages(groups: list[Group], config):
-    """Advantages within each group, and who is in the loss: completions with a signal and, under
-    --mask_truncated, with an end. What is left out by that flag still counts in its group's mean,
-    or the rest of a group that is cut too often would look good."""
+    """Give every completion its advantage within its group, and decide whether it is in the loss. A
+    completion without a signal is not, nor is, with --mask_truncated, one that was cut. The reward
+    of a cut one still counts in the mean of its group. It is mostly low, so the completions that
+    came to an end are above that mean: to end in time still pays."""
     for group in groups:
         rewards = torch.tensor([[completion.reward for completion in group.completions]])  # [1, G]
         [advantages] = group_advantages(rewards, config.scale_std).tolist()
@@ -890,8 +937,10 @@ def batch_loss(model, batch: list[PackedRow], denominator: float, config) -> tup
 
 def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[dict], step: int,
               config: Config, ranks: "Ranks") -> tuple[list[Group], dict[str, float]]:
-    """One optimizer step on a batch of rows -> (this rank's groups, its sums of metrics). `Ranks`
-    (section 8) stands for all processes; where there is one alone, its calls do next to nothing."""
+    """One rollout on a batch of rows, and what is learned from it -> (this rank's groups, its sums
+    of metrics). `Ranks` (section 8) stands for all processes. With one process on a CPU you can
+    read past it: `unsharded` does nothing, `gather`, `sum` and `equal_count` add nothing of other
+    ranks, and `backward` and `clip_grad_norm` are those of torch."""
     seed = f"{config.seed}/{step}"
     sums = dict.fromkeys(SUMS, 0.0)
     torch.manual_seed(random.Random(f"{seed}/sample/{ranks.rank}").getrandbits(63))
@@ -911,7 +960,8 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
     with ranks.unsharded(referee.model), ranks.timed(sums, "judge_s"):
         pay_all(groups, referee, config, random.Random(f"{seed}/judge/{ranks.rank}"))
 
-    # 4 Advantage. One denominator serves the loss of the whole step, all micro-batches and ranks.
+    # 4 Advantage. `total` holds what the loss is divided by, for each --aggregate: counts over the
+    # whole step, all micro-batches and ranks.
     set_advantages(groups, config)
     counted = [c for c in completions_of(groups) if c.in_loss]
     total = ranks.sum({"sequence": len(counted), "token": sum(len(c.ids) for c in counted)})
@@ -920,6 +970,7 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
     # 5 Log-probs of the reference and the old policy: they stay the same during the updates.
     trained = [[c for c in group.completions if needs_forward(c, config)] for group in groups]
     parts = [(group.prompt_ids, some) for group, some in zip(groups, trained) if some]
+    # Every rank must make as many forwards as the others: empty batches fill up (section 8).
     batches = ranks.equal_count(pack(parts, config.microbatch_tokens))
     with ranks.timed(sums, "logprob_s"), torch.no_grad():
         for batch in batches:
@@ -928,12 +979,14 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
             if config.updates_per_rollout > 1:
                 keep_logprobs(policy.model, batch, "old_logprobs", config.temperature)
 
-    # 6 Update: the gradients of all micro-batches, then one step of the optimizer.
+    # 6 Update, --updates_per_rollout times: the gradients of all micro-batches, then one step of
+    # the optimizer. Where no rank has anything to learn from, there is no micro-batch and no step.
     with ranks.timed(sums, "update_s"):
         for _ in range(config.updates_per_rollout if batches else 0):
             for batch in batches:
                 loss, metrics = batch_loss(policy.model, batch, total[config.aggregate], config)
-                ranks.backward(policy.model, loss, last=batch is batches[-1])  # summed over ranks
+                # adds to the gradients, which are sums over the ranks
+                ranks.backward(policy.model, loss, last=batch is batches[-1])
                 for name, value in metrics.items():
                     sums[name] += value / config.updates_per_rollout
             norm = ranks.clip_grad_norm(policy.model, config.max_grad_norm)
@@ -948,8 +1001,8 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
 
 # =============================================================================== 7 What is measured
 def observations(group: Group, config) -> list[tuple[str, float]]:
-    """(metric, value) pairs of one group, after it was paid. A metric of a step is the mean of its
-    values over all groups."""
+    """(metric, value) pairs of one group, whose rewards are known. The values of all groups and
+    ranks go into one list for each metric; its mean is the metric of the step."""
     kind = group.row["kind"]
     seen = []
 
@@ -962,22 +1015,26 @@ def observations(group: Group, config) -> list[tuple[str, float]]:
     see("length", *[len(c.ids) for c in group.completions])
     see("truncated", *[c.truncated for c in group.completions])
 
-    for judge in [group.judge] if group.judge else group.judged:
-        for judgement in group.completions if group.judge else judge.completions:
-            scores = judge.scores(judgement)
-            see("parse_rate", scores is not None)
-            if scores:
-                see("tie_rate", *[a == b for a, b in itertools.combinations(scores, 2)])
-                see("raw_score", *[(score - 1) / 9 for score in scores])  # in [0, 1] as quality
-                see("length_tau", ranking_reward(scores, [len(text) for text in judge.responses]))
-                for label, score in zip(LABELS, scores):
-                    see(f"slot_score_{label}", score)
+    if group.judge:  # preference: the completions of the group are judgements
+        judgements = [(group.judge, completion) for completion in group.completions]
+    else:  # open: the referee's judgements of the group; verifiable: none
+        judgements = [(judge, c) for judge in group.judged for c in judge.completions]
+    for judge, judgement in judgements:
+        scores = judge.scores(judgement)
+        see("parse_rate", scores is not None)
+        if scores:
+            see("tie_rate", *[a == b for a, b in itertools.combinations(scores, 2)])
+            see("raw_score", *[(score - 1) / 9 for score in scores])  # 1 to 10 becomes 0 to 1
+            see("length_tau", ranking_reward(scores, [len(text) for text in judge.responses]))
+            for label, score in zip(LABELS, scores):
+                see(f"slot_score_{label}", score)
 
     quality = []
     for name, value in KINDS[kind].score(group, config):
         see(name, value)
         if name == "true_quality":
             quality.append(value)
+    # only if every completion has both, or the two lists would not be about the same ones
     if len(rewards) == len(quality) and len(set(quality)) > 1:
         see("reward_tau", ranking_reward(rewards, quality))
     return seen
@@ -1144,11 +1201,13 @@ class Ranks:
         for layer in list(model.modules()):
             if isinstance(layer, GradientCheckpointingLayer):  # transformers' name for a layer
                 fsdp.fully_shard(layer, **self.fsdp)
-        # Embeddings, last norm and head are one unit, for tied weights must not be torn apart. It
-        # is kept whole until backward.
+        # What is left, embeddings, last norm and head, is one unit: the head may be the embeddings,
+        # and one tensor cannot be in two units. If it is trained, it stays whole until backward.
         fsdp.fully_shard(model, **self.fsdp, reshard_after_forward=not trainable)
         fsdp.register_fsdp_forward_method(model, "token_logprobs")
-        if not trainable:  # only a backward clears this list, and a frozen model has none
+        # FSDP notes every forward in a list, for the order of the backward, which clears it. A
+        # frozen model has no backward, so its list would grow for ever.
+        if not trainable:
             model.base_model.register_forward_hook(
                 lambda *_: model._get_fsdp_state()._comm_ctx.post_forward_order.clear())
 
@@ -1165,14 +1224,19 @@ class Ranks:
                         undo.enter_context(patch.object(module, hooks, {}))
             yield
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the room of the KV cache: NCCL allocates beside torch
+            # torch keeps the freed memory of the KV cache for itself, but NCCL needs some, too
+            torch.cuda.empty_cache()
 
     def backward(self, model, loss: Tensor, last: bool):
-        """Of a micro-batch. Gradients are reduced to shards at once (whole ones of 7B are 30 GB),
-        over the copies of --shard_size, nodes apart, in the last micro-batch alone."""
+        """Add the gradients of one micro-batch. Ranks that share one copy of the weights sum their
+        gradients at once, and each keeps its shard: whole gradients of a 7B model are 30 GB. With
+        --shard_size there are several copies, mostly on different nodes. Their sums are added only
+        in the `last` micro-batch of an update, as that traffic is slow."""
         if self.fsdp:
             model.set_requires_all_reduce(last)
-        (loss * self.world).backward()  # FSDP averages over ranks; the denominator is global
+        # FSDP takes the mean over all ranks. Our denominator already counts all of them, so what
+        # we need is the sum: world times the mean.
+        (loss * self.world).backward()
 
     def clip_grad_norm(self, model, limit: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -1186,23 +1250,27 @@ def read_weights(model, name: str, ranks: Ranks):
         if not folder.is_dir():
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
         files = [path.name for path in folder.glob("*.safetensors")]
-        if len(files) > 1 and not all("-of-" in name for name in files):  # all would be read
+        # the reader reads every file of the folder, so a second set of weights would be mixed in
+        if len(files) > 1 and not all("-of-" in name for name in files):
             raise ValueError(f"weights stand there twice: {sorted(files)[:3]}")
         reader = dcp.HuggingFaceStorageReader(str(folder))
         stored = reader.read_metadata().state_dict_metadata
         state = model.state_dict()
-        tied = model.all_tied_weights_keys.items()  # the head, and the embeddings that it is
+        # (name of a copy, name of its source): the head, and the embeddings that it shares. Both
+        # names of `state` stand for one tensor, and a file may hold it under either, or under both.
+        tied = model.all_tied_weights_keys.items()
         for name_of_copy, source in tied:
             if source not in stored:
-                state[name_of_copy] = state.pop(source)  # read under the name that the file has
-            elif name_of_copy in stored:
-                state[name_of_copy] = torch.empty_like(state[source])  # both: compared below
+                state[name_of_copy] = state.pop(source)  # the file has the name of the copy
+            elif name_of_copy in stored:  # the file has both: read them apart, to compare them
+                state[name_of_copy] = torch.empty_like(state[source])
             else:
-                state.pop(name_of_copy)
+                state.pop(name_of_copy)  # the file has the name of the source
         for key in state:
             if key not in stored:
                 raise ValueError(f"its safetensors have no {key}")
-            if stored[key].properties.dtype.itemsize < 2:  # read as they are, they mean others
+            # numbers of one byte are quantised: read without their scales, they are other weights
+            if stored[key].properties.dtype.itemsize < 2:
                 raise ValueError(f"quantised: {key} is {stored[key].properties.dtype}")
         dcp.load(state, storage_reader=reader, no_dist=ranks.world == 1)
         for name_of_copy, source in tied:
@@ -1213,9 +1281,11 @@ def read_weights(model, name: str, ranks: Ranks):
                                      "set tie_word_embeddings to false there")
         if (folder / "generation_config.json").exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    # transformers now fills what no file holds (the frequencies of the rotary positions) and ties
+    # the head to the embeddings. It leaves alone what has this flag: all that was read just now.
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
-    model.init_weights()  # of transformers: what no file holds (rotary frequencies), and ties
+    model.init_weights()
 
 
 def check_packing(model):
@@ -1230,8 +1300,9 @@ def check_packing(model):
         for ids, packed in zip(completions, completion_logprobs(model, prompt, completions)):
             gaps.append((plain_logprobs(model, prompt, ids) - packed).abs().mean().item())
         computed_in = model(torch.tensor([prompt], device=model.device)).logits.dtype
-    # Nats. In bfloat16 right models are off by 0.05 to 0.5, which is rounding, in both completions
-    # alike. A wrong mask spoils the second one alone, for only that one has something to hide.
+    # In nats. With a right mask both completions differ by rounding alone: below 1e-3 in float32,
+    # 0.05 to 0.5 in bfloat16. A wrong mask spoils the second one alone, which then sees the first.
+    # So in bfloat16 the first one's gap is the ruler: [say here where 8 and 0.08 were measured].
     limit = 1e-3 if computed_in == torch.float32 else min(0.5, 8 * gaps[0] + 0.08)
     if not max(gaps) < limit:  # nor is NaN
         raise BadInput(f"{model.config.model_type}: packed log-probs are off by {max(gaps)} nats")
@@ -1299,7 +1370,7 @@ def load_actor(name: str, config: Config, ranks: Ranks, trainable: bool) -> Acto
 
 def prepare_rows(config: Config, tokenizer, context: int):
     """-> training rows by kind, prompts of each kind in a step, held-out rows; or BadInput."""
-    VERIFIERS[config.verifier]("", "0")  # a package that it needs is there
+    VERIFIERS[config.verifier]("", "0")  # fails here, not at step 1, if its package is missing
     counts = mix_counts(config.mix, KINDS)
     by_kind = rows_by_kind(config.data, KINDS)
     for kind, count in counts.items():
@@ -1315,11 +1386,13 @@ def prepare_rows(config: Config, tokenizer, context: int):
 
 def check_prompts(rows: list[dict], tokenizer, config: Config, context: int):
     """BadInput for a prompt that the chat template refuses, or that is too long for its completion
-    or for its judge prompt. Of prompts that are surely short enough, one is tried for each order of
-    roles: to encode a million rows would take minutes."""
+    or for its judge prompt. To encode a million rows would take minutes. So a prompt that is short
+    enough by its count of characters is tried only if it is the first one with its order of roles:
+    what a template refuses is an order of roles."""
     tried = set()
     room = min(context - config.max_new_tokens, config.judge_prompt_tokens)
-    # a list of responses that no tokenizer makes short, each as long as a cut one may be
+    # The longest list that --judge_prompt_tokens must hold: no tokenizer has this emoji as one
+    # token, and one character more than SHORTEST makes the response look as if it had been cut.
     hard = ["\U0001f9ff" * (SHORTEST + 1)] * min(config.list_size, JUDGE.most)
     for row in rows:
         roles = (row["kind"], *[message["role"] for message in row["prompt"]])
@@ -1357,7 +1430,8 @@ class Log:
                 file.write(json.dumps(line) + "\n")
 
     def metrics(self, m: dict):
-        """Of the lines of steps one in five is said, each alarm once."""
+        """Write one line. Print it if it is that of every fifth step, and print each alarm once.
+        (Held-out scores are lines of their own: only those of training steps have a loss.)"""
         self.write("metrics.jsonl", m)
         if "loss" in m and m["step"] % 5 == 1:
             rewards = " ".join(f"{k} {m.get(f'reward/{k}', math.nan):+.3f}" for k in KINDS)
@@ -1369,9 +1443,11 @@ class Log:
                 self.alarmed.add(text)
 
     def samples(self, step: int, groups: list[Group]):
-        """The first group of each kind to samples.jsonl; one of its completions is said."""
-        firsts = {group.row["kind"]: group for group in reversed(groups)}
-        for kind, group in reversed(firsts.items()):
+        """Write the first group of each kind to samples.jsonl, and print its last completion."""
+        firsts = {}
+        for group in groups:
+            firsts.setdefault(group.row["kind"], group)
+        for kind, group in firsts.items():
             judged = []
             for question in group.judged:
                 [judgement] = question.completions
@@ -1386,7 +1462,7 @@ class Log:
                 if quality:
                     line["true_quality"] = quality[i][1]
                 self.write("samples.jsonl", line)
-            asked = group.row["prompt"][-1]["content"]
+            asked, c = group.row["prompt"][-1]["content"], group.completions[-1]
             self.say(f"  {kind:<10} {c.reward:+.2f} | {asked[-50:]!r} -> {c.text[-90:]!r}")
 
     def summary(self, held_out: list[dict]):
@@ -1423,7 +1499,9 @@ def train(config: Config) -> Path:
     log = Log(folder, config, start, ranks.main)
     log.say(f"{folder}: {len(held_out)} rows held out; from step {start}")
 
-    # SIGTERM: finish the step, save, exit 0. A second one ends at once: a rank may be gone
+    # The first SIGTERM only puts the default handler back. The loop looks for that after each step,
+    # then saves and returns. A second SIGTERM meets the default handler and kills at once, for a
+    # step that waits for a lost rank never ends.
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if held_out and not start:
         log.metrics({"step": 0, **evaluate(policy, held_out, config, ranks)})
@@ -1482,11 +1560,12 @@ def step_metrics(groups: list[Group], sums: dict[str, float], config, ranks: Ran
     sums["generated_tokens"] = sum(len(c.ids) for c in completions_of(groups))
     sums["judge_tokens"] = sum(len(c.ids) for c in completions_of(judged))
     metrics = ranks.sum(sums)
+    # These are sums over all ranks now. The loss stays one: its denominator counts all ranks.
     for name in metrics:
         if name in ("clip_fraction", "kl", "entropy", "logprob_gap"):
-            metrics[name] /= max(1, metrics["tokens"])
+            metrics[name] /= max(1, metrics["tokens"])  # the mean over trained tokens
         elif name in ("grad_norm", "skipped") or name.endswith("_s"):
-            metrics[name] /= ranks.world
+            metrics[name] /= ranks.world  # each rank reported the same norm, and its own seconds
     metrics["trained_tokens"] = metrics.pop("tokens")
     mib = 2**20 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     peak = max(ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
@@ -1554,9 +1633,10 @@ class Sampler:
 
 
 class SharedPromptLayer(transformers.DynamicLayer):
-    """A cache layer that holds the prompt of a group once, and behind it the n completions' tokens.
-    `parts`: ordinary cache layers [1, kv heads, p, head dim] of the prompts, put on the right of P
-    places. What follows is written into its `room`: DynamicLayer would copy all for every token."""
+    """A cache layer that holds each prompt once, and apart from it the new tokens of its n
+    completions. `parts` are the ordinary cache layers of the prompts, [1, kv heads, p, head dim];
+    shorter ones are padded on the left to P places. New tokens are written into memory that was
+    taken at the start (`room`). A DynamicLayer would copy all it has for every new token."""
 
     def __init__(self, parts: list[transformers.DynamicLayer], places: int, n: int, room: int):
         super().__init__()
@@ -1580,23 +1660,27 @@ class SharedPromptLayer(transformers.DynamicLayer):
         for room, states in zip(self.room, (key_states, value_states)):
             room[..., start : self.length, :] = states
         self.keys, self.values = (room[..., : self.length, :] for room in self.room)
-        self.keys.prompt = self.prompt  # transformers hands on keys and values alone
+        # transformers hands only keys and values on to `group_attention`: the prompt goes with them
+        self.keys.prompt = self.prompt
         return self.keys, self.values
 
 
 def prompt_cache(model, prompts: list[list[int]], n: int, room: int) -> transformers.Cache:
-    """All but the last token (generate wants one) of each prompt, in one cache for n completions of
-    each, with `room` for new tokens. A prompt a forward: no padding, and no memory for more."""
+    """One cache for n completions of each prompt, with `room` for their new tokens. It holds all of
+    a prompt but its last token: `model.generate` needs one token to begin with. Each prompt has a
+    forward of its own, which needs no padding, and the memory of one prompt at a time."""
     waiting = []  # for each prompt its layers
     for prompt in prompts:
         cache = transformers.DynamicCache()
         ids = torch.tensor([prompt[:-1]], device=model.device)
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)  # FSDP: a root forward
+        # of the whole model, not of its base_model: FSDP starts from the outermost module
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         waiting.append(cache.layers)
     places = max(map(len, prompts)) - 1
     layers = []
     while waiting[0]:
-        # taken out as they are put together: two whole caches of 7B would be 15 GB more
+        # Layer by layer, so that the parts of a layer are freed once it is put together: to keep
+        # them all would hold the prompts twice, for 7B another 15 GB.
         parts = [layers_of_prompt.pop(0) for layers_of_prompt in waiting]
         layers.append(SharedPromptLayer(parts, places, n, room))
     return transformers.Cache(layers=layers)
