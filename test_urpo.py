@@ -728,7 +728,7 @@ def test_long_judge_prompts(tokenizer, monkeypatch):
     """Bug: the instruction, template or ends cut; equal looks, unequal truth; thoughts shown."""
     config, rng = urpo.Config(judge_prompt_tokens=600), random.Random(0)
     texts = ["w8 </think>w1 " + "w1 " * 400 + "D", "C " + "w3 " * 300, "w5"]
-    texts += ["w6 </think> ", "<think>w6"]
+    texts += ["<think>w6 </think> ", "<think>w6"]
     group = urpo.judge_prompt(ROWS[1], texts, [2, 0, 1], tokenizer, random.Random(0), config)
     text = tokenizer.decode(group.prompt_ids)
     short = urpo.judge_prompt(ROWS[1], ["w3"], [0, 0, 0], tokenizer, random.Random(0), config)
