@@ -905,6 +905,21 @@ def test_evaluation(settings, tokenizer, monkeypatch, judge, accuracy, error, ta
     assert math.isnan(urpo.mean_and_error(values[:2])[1])
 
 
+@pytest.mark.parametrize(
+    "kind,name", [("verifiable", "verifiable_accuracy"), ("open", "true_quality")]
+)
+@pytest.mark.parametrize("reward", [NAN, 7.0, -3.0])
+def test_scores_are_no_rewards(kind, name, reward):
+    """Bug: a held-out score reads a shaped reward, or a penalty for length."""
+    wish = dict(kind=kind, prompt=turn("Name the capitals of Peru Cuba"), source="tiny")
+    texts = ["\\boxed{1}", "\\boxed{2}", "Peru Lima Cuba Havana"]
+    group = Group(wish, [], 9, truth="1")
+    for i, text in enumerate(texts):
+        group.completions.append(Completion([1] * (i + 1), text=text, reward=reward))
+    expected = [1, 0, 0] if kind == "verifiable" else [0, 0, 1]
+    assert KINDS[kind].score(group, urpo.Config()) == [(name, value) for value in expected]
+
+
 # ===================================================================================== runs
 def lines_of(run, name="metrics.jsonl"):
     return [json.loads(line) for line in (run / name).read_text().splitlines()]

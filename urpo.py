@@ -325,9 +325,10 @@ class JudgeForm:
     parse: Callable  # (text, n) -> n scores, higher is better; None if it is no verdict
     write: Callable  # scores -> the text of such a verdict
     most: int  # responses that a judge prompt can show
+    scale: tuple[float, float]  # the lowest and the highest score
 
 
-JUDGE = JudgeForm(judge_messages, parse_scores, write_scores, most=len(LABELS))
+JUDGE = JudgeForm(judge_messages, parse_scores, write_scores, most=len(LABELS), scale=(1, 10))
 
 
 def judge_prompt(row, texts: list[str], shown: list[int], tokenizer, rng, config) -> JudgePrompt:
@@ -574,9 +575,9 @@ def pay_by_referee(groups: list[Group], referee: Actor, config, rng):
     questions = []
     for group in groups:
         texts = [completion.text for completion in group.completions]
-        for shown in sub_lists(answered(group), list_size, config.judgements, rng):
-            question = judge_prompt(group.row, texts, shown, referee.tokenizer, rng, config)
-            group.judged.append(question)
+        lists = sub_lists(answered(group), list_size, config.judgements, rng)
+        group.judged = [judge_prompt(group.row, texts, shown, referee.tokenizer, rng, config)
+                        for shown in lists]
         questions += group.judged
     rollout(referee, questions, 1, 0.0, config)
     for group in groups:
@@ -692,7 +693,7 @@ def group_advantages(rewards: Tensor, scale_std: bool = True) -> Tensor:
     count = finite.sum(1, keepdim=True)
     mean = rewards.where(finite, 0).sum(1, keepdim=True) / count.clamp(min=1)
     advantages = (rewards - mean).where(finite, 0)
-    if scale_std:
+    if scale_std:  # this blows up small differences: a mere penalty of 0.01 gives +-1, too
         variance = advantages.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
         advantages = advantages / (variance.sqrt() + 1e-6)
     highest = rewards.where(finite, -math.inf).amax(1, keepdim=True)
@@ -715,6 +716,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
     Metrics are sums over tokens, so that those of micro-batches can be added up, too."""
     mask = mask.to(logprobs.dtype)
     advantage = advantages.to(logprobs.dtype).unsqueeze(1)  # [B, 1]
+    # With one update per rollout the ratio is 1 in value: no other ratio or clip changes anything.
     ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     per_token = -torch.min(ratio * advantage, clipped_ratio * advantage)  # [B, T]
@@ -1024,7 +1026,8 @@ def observations(group: Group, config) -> list[tuple[str, float]]:
         see("parse_rate", scores is not None)
         if scores:
             see("tie_rate", *[a == b for a, b in itertools.combinations(scores, 2)])
-            see("raw_score", *[(score - 1) / 9 for score in scores])  # 1 to 10 becomes 0 to 1
+            lowest, highest = JUDGE.scale
+            see("raw_score", *[(score - lowest) / (highest - lowest) for score in scores])  # 0 to 1
             see("length_tau", ranking_reward(scores, [len(text) for text in judge.responses]))
             for label, score in zip(LABELS, scores):
                 see(f"slot_score_{label}", score)
@@ -1041,7 +1044,7 @@ def observations(group: Group, config) -> list[tuple[str, float]]:
 
 
 def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") -> dict[str, float]:
-    """Held-out scores (never rewards) at temperature 1 and `_greedy`, with n (`_n`) and standard
+    """Held-out scores (never rewards) of the policy, whoever is the referee, at temperature 1 and `_greedy`, with n (`_n`) and standard
     error over prompts (`_se`). Lists of responses are judged in a random order and its reverse."""
     torch.manual_seed(random.Random(f"{config.seed}/held out/{ranks.rank}").getrandbits(63))
     groups = []
