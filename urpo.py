@@ -24,6 +24,7 @@ if sys.platform == "win32":  # before the imports below, which Windows does not 
 
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -51,6 +52,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch import Tensor, distributed as dist
 from torch.distributed import checkpoint as dcp, fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -85,6 +87,7 @@ class Config:
     referee: str = setting("self", "judge of open groups: self (URPO), or a frozen model's folder")
     out: str = setting("", "folder of this run; empty: runs/PRESET-TIME")
     resume: bool = setting(False, "go on from the newest checkpoint in --out, or start there")
+    changed: bool = setting(False, "resume although settings or files are others than before")
     seed: int = setting(0, "all random numbers are functions of it, the step and row or rank")
     device: str = setting("", "cpu, cuda or cuda:N; empty: cuda where there is one")
     # batch, sampling
@@ -972,14 +975,17 @@ def observations(group: Group, config) -> list[tuple[str, float]]:
                 for label, score in zip(LABELS, scores):
                     see(f"slot_score_{label}", score)
 
-    quality = []
-    for name, value in KINDS[kind].score(group, config):
+    scored = KINDS[kind].score(group, config)
+    for name, value in scored:
         see(name, value)
-        if name == "true_quality":
-            quality.append(value)
+    quality = [value for name, value in scored if name == "true_quality"]
     if len(rewards) == len(quality) and len(set(quality)) > 1:
         see("reward_tau", ranking_reward(rewards, quality))
     return seen
+
+
+# Only a terminal can draw a bar. Elsewhere it is noise, and a closed pipe would end the run.
+BARS = sys.stderr is not None and sys.stderr.isatty()
 
 
 def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") -> dict[str, float]:
@@ -1001,7 +1007,7 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
     metrics = {}
     for suffix, temperature in [("", 1.0), ("_greedy", 0.0)]:
         with ranks.unsharded(policy.model):
-            rollout(policy, groups, 1, temperature, config, "held out" if ranks.main else "")
+            rollout(policy, groups, 1, temperature, config, "held out" if ranks.main and BARS else "")
         scored = []
         for group in groups:
             prompt = group.row["prompt"][-1]["content"]
@@ -1014,11 +1020,27 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
     return metrics
 
 
+def slot_gap(values: dict[str, list[float]]) -> float:
+    """How far the mean score of one place in the referee's lists is from that of all places, in
+    standard deviations of a score. Places are drawn at random, so it should be what chance makes of
+    it. Two standard errors, 2 / sqrt(n), are taken off for that: the rest should be 0."""
+    places = [of_one for name, of_one in values.items() if re.fullmatch("slot_score_./open", name)]
+    every = list(itertools.chain(*places))
+    spread = statistics.pstdev(every) if every else 0.0
+    gaps = [0.0]
+    for scores in places if spread else []:
+        gap = abs(statistics.fmean(scores) - statistics.fmean(every)) / spread
+        gaps.append(gap - 2 / math.sqrt(len(scores)))
+    return max(gaps)
+
+
 ALARMS = [  # metric, lowest and highest healthy value, what is wrong and what helps
     ("parse_rate/preference", 0.5, 1, "judgements do not parse: tools/warm_up.py"),
-    ("parse_rate/open", 0.5, 1, "half of the referee's judgements cannot be read: a weak referee, "
-     "or answers that break its form"),
+    ("parse_rate/open", 0.5, 1, "half of the referee's judgements do not parse: see its answers"),
     ("flat/open", 0, 0.8, "the referee gives a whole group one score: more preference rows"),
+    ("slot_gap/open", 0, 0.3, "the referee prefers a place in the list: more preference rows"),
+    # Runs that go well stay below 1; a learning rate that breaks the model takes it beyond 10.
+    ("kl", 0, 3, "far from the start model: a lower --learning_rate, a higher --kl_coef"),
     ("truncated/verifiable", 0, 0.5, "half of the answers are cut: raise --max_new_tokens"),
     ("logprob_gap", 0, 0.1, "sampler and trainer disagree: with a cache the model is another one"),
     ("skipped", 0, 0, "no finite gradient, so no update: go back to a checkpoint if this goes on"),
@@ -1180,7 +1202,8 @@ class Ranks:
 
 def read_weights(model, name: str, ranks: Ranks):
     """Fill a model without values from safetensors: a rank reads its own shard of each tensor."""
-    with in_one_line(f"{name}: not a model that can be loaded", dcp.CheckpointException):
+    with in_one_line(f"{name}: not a model that can be loaded", dcp.CheckpointException,
+                     SafetensorError):
         folder = Path(name)
         if not folder.is_dir():
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
@@ -1238,17 +1261,23 @@ def check_packing(model):
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete ones, oldest first: torch flushes all other files before it names `.metadata`."""
-    complete = [path.parent for path in folder.glob("step-*/.metadata")]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
+    return [path for path in step_folders(folder) if (path / ".metadata").exists()]
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """step-N, smallest N first. Other names (step-50.old, step-abc) are none of ours."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks):
     """A kill or a full disk at any moment leaves the older ones alone."""
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    with in_one_line(f"step {step} is not saved, older ones are intact", dcp.CheckpointException):
+    with in_one_line(f"step {step} is not saved (disk full?), older ones are intact",
+                     dcp.CheckpointException):
         dcp.save(state, checkpoint_id=folder / f"step-{step}", no_dist=ranks.world == 1)
     if ranks.main:
-        for old in set(folder.glob("step-*")) - set(checkpoints(folder)[-2:]):
+        for old in set(step_folders(folder)) - set(checkpoints(folder)[-2:]):
             (old / ".metadata").unlink(missing_ok=True)  # first: half of a checkpoint is none
             shutil.rmtree(old)
     ranks.gather(None)
@@ -1263,20 +1292,32 @@ def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
     with in_one_line(f"{newest}: damaged, or of another model", dcp.CheckpointException):
         dcp.load(state, checkpoint_id=newest, no_dist=ranks.world == 1)
+        # All that this model has was there. If more is there, it is of a model with more layers.
+        stored = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
+        tensors = {name.removeprefix("model.") for name in stored if name.startswith("model.")}
+        if tensors != set(state["model"]):
+            raise ValueError(f"{len(tensors)} tensors, but the model has {len(state['model'])}")
     dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"],
                              optim_state_dict=state["optimizer"])
-    return int(newest.name.removeprefix("step-"))
+    return int(newest.name[5:])
 
 
 def export(policy: Actor, folder: Path, ranks: Ranks):
-    """An ordinary Hugging Face folder of float32 weights."""
+    """An ordinary Hugging Face folder of float32 weights. It gets its name when it is complete."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(policy.model, options=options)  # whole on rank 0 alone
     if ranks.main:
         for copy in policy.model.all_tied_weights_keys:  # else they would be written twice
             state.pop(copy, None)
-        policy.model.save_pretrained(folder, state_dict=state)
-        policy.tokenizer.save_pretrained(folder)
+        with in_one_line(f"{folder} is not written (disk full?)", SafetensorError):
+            part = folder.with_suffix(".tmp")
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
+            policy.model.save_pretrained(part, state_dict=state)
+            policy.tokenizer.save_pretrained(part)
+            for file in part.glob("*.safetensors"):  # safetensors lets nobody else read them
+                shutil.copymode(part / "config.json", file)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
     ranks.gather(None)
 
 
@@ -1342,33 +1383,53 @@ class Log:
 
     def __init__(self, folder: Path, config: Config, start: int, main: bool):
         self.folder, self.config, self.main = folder, config, main
-        self.alarmed = set()
-        self.say = tqdm.write if main else lambda text: None
-        if not main:
-            return
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
-        for path in (folder / "samples.jsonl", folder / "metrics.jsonl"):  # repeat no step
-            lines = path.read_text() if start and path.exists() else ""
-            kept = [line for line in lines.split("\n")[:-1] if json.loads(line)["step"] <= start]
-            path.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
-            path.with_suffix(".tmp").replace(path)  # without a last line that is cut
+        self.red = {}  # alarm: at how many steps it was red
+        for name in ("samples.jsonl", "metrics.jsonl") if main else []:
+            path = folder / name
+            with in_one_line(f"{path}: not what a run has written", KeyError, TypeError):
+                lines = path.read_text() if start and path.exists() else ""
+                lines = lines.split("\n")[:-1]  # without a last line that is cut
+                kept = [line for line in lines if json.loads(line)["step"] <= start]
+                self.replace(name, "".join(f"{line}\n" for line in kept))  # repeat no step
+        if main:
+            self.replace("config.json", json.dumps(described(config), indent=2))
+
+    def replace(self, name: str, text: str):
+        """The whole file or nothing: a full disk leaves the old one."""
+        part = self.folder / f"{name}.tmp"
+        part.write_text(text)
+        part.replace(self.folder / name)
 
     def write(self, name: str, line: dict):
         if self.main:
-            with open(self.folder / name, "a") as file:
+            with in_one_line(f"{self.folder / name}"), open(self.folder / name, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def say(self, text: str):
+        """The log is metrics.jsonl. Nobody has to read this: a terminal may lack a letter, or be
+        gone (`| head -1`), and the run goes on."""
+        if not self.main:
+            return
+        try:
+            with tqdm.external_write_mode():  # the bar makes room
+                print(text, flush=True)
+        except UnicodeError:
+            print(ascii(text))
+        except OSError:  # nowhere from now on, nor what waits in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     def metrics(self, m: dict):
-        """Of the lines of steps one in five is said, each alarm once."""
+        """Of the lines of steps one in five is said, an alarm at its 1st, 10th, 100th red step."""
         self.write("metrics.jsonl", m)
         if "loss" in m and m["step"] % 5 == 1:
             rewards = " ".join(f"{k} {m.get(f'reward/{k}', math.nan):+.3f}" for k in KINDS)
             self.say(f"step {m['step']}: reward {rewards} | loss {m['loss']:+.4f} kl {m['kl']:.4f} "
                      f"grad {m['grad_norm']:.2f} entropy {m['entropy']:.2f} | {m['seconds']:.1f} s")
         for name, lowest, highest, text in ALARMS:
-            if not lowest <= m.get(name, lowest) <= highest and text not in self.alarmed:
-                self.say(f"  ! step {m['step']}: {text}")
-                self.alarmed.add(text)
+            if not lowest <= m.get(name, lowest) <= highest:  # or NaN
+                self.red[name] = self.red.get(name, 0) + 1
+                if self.red[name] in (1, 10, 100, 1000):
+                    self.say(f"  ! step {m['step']} ({self.red[name]} such): {text}")
 
     def samples(self, step: int, groups: list[Group]):
         """The first group of each kind to samples.jsonl; one of its completions is said."""
@@ -1395,8 +1456,33 @@ class Log:
         """The held-out scores before and after, and what the best trivial strategy gets."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         evals = [m for m in map(json.loads, lines) if "loss" not in m]
-        for line in held_out_table(evals[0], evals[-1], trivial_scores(held_out)):
-            self.say(line)
+        if evals:  # none, if a finished run was resumed
+            for line in held_out_table(evals[0], evals[-1], trivial_scores(held_out)):
+                self.say(line)
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # kill, Ctrl-C, a terminal that closes
+
+
+@contextmanager
+def noted_signals():
+    """-> a list that gets the name of a signal when it comes. The run then finishes its step, saves
+    and ends. A second one ends the process at once: it may wait for a rank that is gone. A signal
+    that is ignored from the start stays so, which is how nohup works."""
+    came = []
+    before = {number: signal.getsignal(number) for number in STOPS}
+    heeded = [number for number in STOPS if before[number] != signal.SIG_IGN]
+
+    def note(number, frame):
+        came.append(signal.Signals(number).name)
+        for each in heeded:
+            signal.signal(each, signal.SIG_DFL)
+
+    for number in heeded:
+        signal.signal(number, note)
+    yield came
+    for number in heeded:
+        signal.signal(number, before[number])
 
 
 @show_traceback  # torchrun then shows the traceback of the rank that failed first
@@ -1425,34 +1511,36 @@ def train(config: Config) -> Path:
     log = Log(folder, config, start, ranks.main)
     log.say(f"{folder}: {len(held_out)} rows held out; from step {start}")
 
-    # SIGTERM: finish the step, save, exit 0. A second one ends at once: a rank may be gone
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    if held_out and not start:
-        log.metrics({"step": 0, **evaluate(policy, held_out, config, ranks)})
-    for step in tqdm(range(start + 1, last + 1), initial=start, total=last, disable=not ranks.main):
-        # ---- 1 to 6
-        begin = time.perf_counter()
-        rate = config.learning_rate * min(1.0, step / max(1, config.lr_warmup))
-        optimizer.param_groups[0]["lr"] = rate
-        rows = batch_rows(by_kind, counts, config.seed, step - 1)
-        groups, sums = urpo_step(policy, referee, reference, optimizer, rows, step, config, ranks)
+    with noted_signals() as came:
+        if held_out and not start:
+            log.metrics({"step": 0, **evaluate(policy, held_out, config, ranks)})
+        bar = dict(initial=start, total=last, disable=not (ranks.main and BARS))
+        for step in tqdm(range(start + 1, last + 1), **bar):
+            # ---- 1 to 6
+            begin = time.perf_counter()
+            rate = config.learning_rate * min(1.0, step / max(1, config.lr_warmup))
+            optimizer.param_groups[0]["lr"] = rate
+            rows = batch_rows(by_kind, counts, config.seed, step - 1)
+            groups, sums = urpo_step(policy, referee, reference, optimizer, rows, step, config,
+                                     ranks)
 
-        # ---- what happened
-        timing = {"step": step, "seconds": time.perf_counter() - begin, "learning_rate": rate}
-        log.metrics(timing | step_metrics(groups, sums, config, ranks))
-        due = config.eval_every and (step == last or step % config.eval_every == 0)
-        if due or (config.eval_every and step == 1):
-            log.samples(step, groups)
+            # ---- what happened
+            timing = {"step": step, "seconds": time.perf_counter() - begin, "learning_rate": rate}
+            log.metrics(timing | step_metrics(groups, sums, config, ranks))
+            due = config.eval_every and (step == last or step % config.eval_every == 0)
+            if due or (config.eval_every and step == 1):
+                log.samples(step, groups)
 
-        # ---- held-out scores, checkpoint
-        if held_out and due:
-            log.metrics({"step": step, **evaluate(policy, held_out, config, ranks)})
-        stopping = any(ranks.gather(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL))
-        if stopping or (config.save_every and (step == last or step % config.save_every == 0)):
-            save_checkpoint(folder / "checkpoints", step, policy.model, optimizer, ranks)
-        if stopping and step < last:
-            log.say(f"stopped by SIGTERM after step {step}: --out {folder} --resume true goes on")
-            return folder
+            # ---- held-out scores, checkpoint
+            if held_out and due:
+                log.metrics({"step": step, **evaluate(policy, held_out, config, ranks)})
+            stopping = max(ranks.gather(came))  # empty if none came to any rank
+            if stopping or (config.save_every and (step == last or step % config.save_every == 0)):
+                save_checkpoint(folder / "checkpoints", step, policy.model, optimizer, ranks)
+            if stopping and step < last:
+                log.say(f"stopped by {stopping[0]} after step {step}: "
+                        f"--out {folder} --resume true goes on")
+                return folder
 
     export(policy, folder / "final", ranks)
     if held_out and ranks.main:
@@ -1467,15 +1555,52 @@ def claim_folder(config: Config, ranks: Ranks):
     name = time.strftime(f"runs/{config.preset or 'run'}-%Y%m%d-%H%M%S")
     config.out = ranks.gather(config.out or name)[0]
     folder = Path(config.out)
-    if not config.resume and (folder / "metrics.jsonl").exists():
-        raise BadInput(f"{folder} holds a run: --resume true goes on, or give another --out")
-    ranks.gather(None)  # all have looked
-    with in_one_line(f"--out {folder}: another run is at work there, or"):
+    with in_one_line(f"--out {folder}"):
+        if not config.resume and (folder / "metrics.jsonl").exists():
+            raise BadInput(f"{folder} holds a run: --resume true goes on, or give another --out")
+        if (folder / "final").exists() and not checkpoints(folder / "checkpoints"):
+            raise BadInput(f"{folder} holds a finished run without checkpoints: give another --out")
+        check_same(folder / "config.json", config)
+        ranks.gather(None)  # all have looked
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
-        if ranks.main:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            if ranks.main:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"--out {folder}: another run is at work there")
     return folder, lock
+
+
+# What may become another when a run goes on: its length, what is written when, and how the same
+# numbers are computed. All else would make it another run.
+MAY_CHANGE = """steps eval_every eval_rows save_every device shard_size microbatch_tokens
+    rollout_tokens gradient_checkpointing preset out resume changed""".split()
+
+
+def check_same(file: Path, config: Config):
+    """BadInput if a run would go on with other settings, rows or weights than it began with."""
+    began_with = json.loads(file.read_text()) if config.resume and file.exists() else {}
+    for name, value in described(config).items():
+        old = began_with.get(name, value)
+        if old != value and name not in MAY_CHANGE and not config.changed:
+            raise BadInput(f"{file.parent}: {name} was {old}, now it is {value}: "
+                           "if that is meant, --changed true goes on")
+
+
+def described(config: Config) -> dict:
+    """What config.json holds: all settings, and digests of what stands in the files they name. Of
+    weights the end of each file is enough, for training changes the weights of all layers."""
+    found = asdict(config)
+    for name in ("model", "referee", "data", "eval_data"):
+        path = Path(found[name])
+        digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
+        for part in sorted(path.glob("*.safetensors")):
+            with open(part, "rb") as file:
+                file.seek(max(0, part.stat().st_size - 2**20))  # its last MiB
+                digest.update(file.read())
+        found[f"contents of {name}"] = digest.hexdigest()[:12]
+    return found
 
 
 def step_metrics(groups: list[Group], sums: dict[str, float], config, ranks: Ranks) -> dict:
@@ -1496,8 +1621,9 @@ def step_metrics(groups: list[Group], sums: dict[str, float], config, ranks: Ran
     if ranks.device.type == "cuda":
         metrics["peak_cuda_mib"] = max(ranks.gather(torch.cuda.max_memory_allocated() / 2**20))
     observed = [pair for group in groups for pair in observations(group, config)]
-    means = {name: statistics.fmean(values) for name, values in ranks.collect(observed).items()}
-    return metrics | means
+    values = ranks.collect(observed)
+    means = {name: statistics.fmean(of_one) for name, of_one in values.items()}
+    return metrics | means | {"slot_gap/open": slot_gap(values)}
 
 
 def parse(arguments: list[str]) -> Config:
