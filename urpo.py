@@ -1540,13 +1540,11 @@ def claim_folder(config: Config, ranks: Ranks):
         if (folder / "final").exists() and not complete:
             raise BadInput(f"{folder} holds a finished run without checkpoints: give another --out")
         settings = described(config)
-        began_with = {}
-        if config.resume and complete:
-            began_with = json.loads((folder / "config.json").read_text())
-        for name, old in began_with.items():
-            if settings.get(name) != old and name not in MAY_CHANGE and not config.changed:
-                raise BadInput(f"{folder}: {name} was {old}, now it is {settings.get(name)}; "
-                               "if that is meant, --changed true goes on")
+        if config.resume and complete and not config.changed:
+            for name, old in json.loads((folder / "config.json").read_text()).items():
+                if settings.get(name) != old and name not in MAY_CHANGE:
+                    raise BadInput(f"{folder}: {name} was {old}, now it is {settings.get(name)}; "
+                                   "if that is meant, --changed true goes on")
         ranks.gather(None)  # all have looked
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
