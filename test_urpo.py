@@ -637,16 +637,8 @@ def by_text(group, greedy):
     return [float(text) for text in group.responses] if greedy else None
 
 
-ENDLESS = [
-    "< ",
-    "<" + " " * 10**6,
-    "< / ",
-    "</" + " " * 10**6,
-    "<|",
-    "<|x" * 9,
-    "<|" + "x" * 10**6,
-    "abc",
-]
+SPACES = " " * 10**6
+ENDLESS = ["< ", "<" + SPACES, "< / ", "</" + SPACES, "<|", "<|x" * 9, "<|" + "x" * 10**6, "abc"]
 
 
 @pytest.mark.parametrize("unit", ENDLESS)
@@ -775,7 +767,7 @@ def test_metrics_of_judgements(judged):
     judged([group], lambda group, _: [float(len(text)) for text in group.responses])
     metrics = observed(group)
     assert metrics["length_tau/open"] == 1 and metrics["flat/open"] == 0
-    judged([group], lambda group, _: [9.0] + [5.0] * 3)  # the first one, whoever it is
+    judged([group], lambda group, _: [9.0] + [5.0] * 3, judgements=20)  # A, whoever it is
     assert observed(group)["slot_gap/open"] == 4
     assert not {"true_quality/open", "reward_tau/open"} & set(metrics)  # here nobody knows
 
@@ -920,36 +912,27 @@ def test_what_is_loaded(settings, folder, monkeypatch, tmp_path):
     assert torch.equal(weights(loaded[1][2]), weights_of(other))
 
 
-DAMAGED = [("model.safetensors", "cannot be loaded"), ("tokenizer.json", "no tokenizer")]
-
-
-@pytest.mark.parametrize("name,message", DAMAGED)
-def test_damaged_models(settings, tmp_path, name, message):
-    """Bug: a download that broke off ends in a traceback."""
-    file = Path(folder := save(tmp_path / "model")) / name
-    file.write_bytes(file.read_bytes()[:-50])
-    assert message in refused(urpo.train, settings(model=folder))
-
-
 def test_resume_with_other_settings(settings, tmp_path, monkeypatch):
-    """Bug: it goes on in silence as another run, from another model, over a finished one."""
+    """Bug: it goes on in silence as another run, from another model, over a finished one; a
+    damaged model ends in a traceback."""
     monkeypatch.chdir(tmp_path)
     model, rows = save(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", ROWS)
     flags = dict(model=model, data=rows, steps=1, save_every=1, resume=True)
     run = urpo.train(settings(**flags)).parent
-    others = [("seed", 0, 5), ("learning_rate", 0.001, 0.5), ("kl_coef", 0.01, 0.0)]
-    others += [("mix", mix(1, 1, 1), mix(1, 2, 1)), ("data", rows, shutil.copy(rows, "other"))]
-    for name, old, new in others:
+    others = dict(seed=5, learning_rate=0.5, kl_coef=0.0, mix="open=1", data="same.jsonl")
+    shutil.copy(rows, "same.jsonl")
+    for name, new in others.items():
         said = refused(urpo.train, settings(**flags | {name: new}))
-        assert f"{name} was {old}, now it is {new}; if that is meant, --changed true" in said
+        assert re.search(f"{name} was .+, now it is {new}; .*--changed true goes on", said)
     write_rows(Path(rows), ROWS[:-1])
     assert "rows.jsonl was" in refused(urpo.train, settings(**flags))
     write_rows(Path(rows), ROWS)
-    save(model, seed=3)
-    assert "model.safetensors was" in refused(urpo.train, settings(**flags))
     save(model, num_hidden_layers=1)
-    said = refused(urpo.train, settings(**flags, changed=True))
+    assert "model.safetensors was" in refused(urpo.train, settings(**flags))
+    copy = shutil.copytree(run, tmp_path / "copy")
+    said = refused(urpo.train, settings(**flags, changed=True, out=copy))
     assert "step-1: damaged, or of another model: 21 tensors, but the model has 12" in said
+
     save(model)
     may = dict(steps=2, save_every=2, microbatch_tokens=64, eval_every=3, eval_rows=5)
     urpo.train(settings(**flags | may))
@@ -958,6 +941,17 @@ def test_resume_with_other_settings(settings, tmp_path, monkeypatch):
     assert json.loads((run / "config.json").read_text())["learning_rate"] == 0.5
     shutil.rmtree(run / "checkpoints")
     assert "holds a finished run" in refused(urpo.train, settings(**flags))
+    for name, said in [("model.safetensors", "cannot be loaded"), ("tokenizer.json", "tokenizer")]:
+        os.truncate(tmp_path / "model" / name, 2000)
+        assert said in refused(urpo.train, settings(model=model, out=name))
+
+
+# fmt: off
+SPOILED = [  # file of a run, what it holds now, what the line must say
+    ("metrics.jsonl", "junk\n", "not what a run"), ("samples.jsonl", "{}\n", "not what a run"),
+    ("checkpoints/step-4/__0_0.distcp", "", "damaged"), ("config.json", "{", "copy-3: Expecting"),
+    ("checkpoints/step-4/.metadata", "", "damaged")]
+# fmt: on
 
 
 def test_what_happens_to_folders(settings, monkeypatch):
@@ -970,18 +964,13 @@ def test_what_happens_to_folders(settings, monkeypatch):
     urpo.train(settings(steps=4, **flags))
     assert len(os.listdir(run / "checkpoints")) == 4 and saved_steps(run) == [3, 4]
 
-    for name, junk in [("metrics.jsonl", "junk\n"), ("metrics.jsonl", "3\n{}\n")]:
-        kept = (run / name).read_text()
-        (run / name).write_text(junk + kept)
-        assert f"{name}: not what a run has written" in refused(urpo.train, settings(**flags))
-        (run / name).write_text(kept)
+    for i, (name, text, message) in enumerate(SPOILED):
+        copy = shutil.copytree(run, run.with_name(f"copy-{i}"))
+        (copy / name).write_text(text)
+        assert message in refused(urpo.train, settings(**flags, out=copy))
     step = urpo.urpo_step
     monkeypatch.setattr(urpo, "urpo_step", lambda *args: shutil.rmtree(run) or step(*args))
-    assert "metrics.jsonl" in refused(urpo.train, settings(**flags, steps=5))
-    monkeypatch.undo()
-    run = urpo.train(settings(**flags, steps=1)).parent
-    (run / "checkpoints/step-1/__0_0.distcp").write_text("")
-    assert "step-1: damaged" in refused(urpo.train, settings(**flags))
+    assert "metrics.jsonl: [Errno 2]" in refused(urpo.train, settings(**flags, steps=5))
 
 
 # ================================================================================ bad input
