@@ -1463,6 +1463,7 @@ def note_signals() -> list[str]:
 def train(config: Config) -> Path:
     """The whole run -> path of its final Hugging Face folder."""
     transformers.utils.logging.disable_progress_bar()  # a bar for every file would bury the run's
+    came = note_signals()
     ranks = Ranks(config)
 
     # ---- rows first: a bad one is named before any model is loaded
@@ -1487,7 +1488,6 @@ def train(config: Config) -> Path:
         (folder / "config.json").write_text(json.dumps(settings, indent=2))
     log.say(f"{folder}: {len(held_out)} rows held out; from step {start}")
 
-    came = note_signals()
     if held_out and not start:
         log.metrics({"step": 0, **evaluate(policy, held_out, config, ranks)})
     bar = ranks.main and BARS
@@ -1530,8 +1530,8 @@ MAY_CHANGE = """steps eval_every eval_rows save_every device shard_size microbat
 
 
 def claim_folder(config: Config, ranks: Ranks):
-    """-> the run's folder, the same on all ranks; what its config.json shall hold; and its lock: one
-    run at a time. The kernel frees the lock when the file is closed, also after a kill."""
+    """-> the run's folder, the same on all ranks; what its config.json shall hold; and its lock, for
+    one run at a time. The kernel frees the lock when the file is closed, also after a kill."""
     name = time.strftime(f"runs/{config.preset or 'run'}-%Y%m%d-%H%M%S")
     config.out = ranks.gather(config.out or name)[0]
     folder = Path(config.out)
@@ -1547,14 +1547,16 @@ def claim_folder(config: Config, ranks: Ranks):
                 if settings.get(name) != old and name not in MAY_CHANGE:
                     raise BadInput(f"{folder}: {name} was {old}, now it is {settings.get(name)}; "
                                    "if that is meant, --changed true goes on")
-        ranks.gather(None)  # all have looked
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
-        if ranks.main:
-            try:
+        taken = False
+        try:
+            if ranks.main:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BadInput(f"{folder}: another run is at work there")
+        except BlockingIOError:
+            taken = True
+        if any(ranks.gather(taken)):  # and all have looked, before one of them writes
+            raise BadInput(f"{folder}: another run is at work there")
     return folder, settings, lock
 
 
@@ -1586,11 +1588,10 @@ def step_metrics(groups: list[Group], sums: dict[str, float], config, ranks: Ran
     observed = [pair for group in groups for pair in observations(group, config)]
     found = ranks.collect(observed)
     means = {name: statistics.fmean(values) for name, values in found.items()}
-    slots = []  # mean scores of places; those of fewer than 20 lists are noise
-    for name, values in found.items():
-        if re.fullmatch("slot_score_./open", name) and len(values) >= 20:
-            slots.append(means[name])
-    metrics["slot_gap/open"] = max(slots, default=0) - min(slots, default=0)
+    slots = [name for name in found if re.fullmatch("slot_score_./open", name)]
+    # The mean score of a place in the referee's lists. Of fewer than 20 lists it would be noise.
+    scores = [means[name] for name in slots if len(found[name]) >= 20]
+    metrics["slot_gap/open"] = max(scores, default=0) - min(scores, default=0)
     return metrics | means
 
 
