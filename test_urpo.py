@@ -2219,7 +2219,7 @@ def test_a_second_signal(settings, monkeypatch, capsys, number):
         signal.signal(each, handler)
     assert saved_steps(run) == [1] and handlers.count(signal.SIG_IGN) == 2
     assert handlers[urpo.STOPS.index(number)] == signal.SIG_DFL
-    said = f"{number.name} after step 1: --out {run} --resume true goes on"
+    said = f"{number.name} after step 1: to go on, add --resume true --out {run}"
     assert said in capsys.readouterr().out
 
 

@@ -1253,8 +1253,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def step_folders(folder: Path) -> list[Path]:
     """step-N, smallest N first. Other names (step-50.old, step-abc) are none of ours."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    found = [path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[len("step-") :]))
 
 
 def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks):
@@ -1286,7 +1286,7 @@ def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
             raise ValueError(f"{len(tensors)} tensors, but the model has {len(state['model'])}")
     dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"],
                              optim_state_dict=state["optimizer"])
-    return int(newest.name[5:])
+    return int(newest.name.removeprefix("step-"))
 
 
 def export(policy: Actor, folder: Path, ranks: Ranks):
@@ -1513,7 +1513,7 @@ def train(config: Config) -> Path:
         if stopping or (config.save_every and (step == last or step % config.save_every == 0)):
             save_checkpoint(folder / "checkpoints", step, policy.model, optimizer, ranks)
         if stopping and step < last:
-            log.say(f"{stopping[0]} after step {step}: --out {folder} --resume true goes on")
+            log.say(f"{stopping[0]} after step {step}: to go on, add --resume true --out {folder}")
             return folder
 
     export(policy, folder / "final", ranks)
@@ -1523,15 +1523,15 @@ def train(config: Config) -> Path:
     return folder / "final"
 
 
-# What may become another when a run goes on: its length, what is written when, and how the same
-# numbers are computed. All else would make it another run.
+# What may change when a run goes on: its length, what is written when, and how the work is divided
+# (which can change draws, but not what they are drawn from). All else would make it another run.
 MAY_CHANGE = """steps eval_every eval_rows save_every device shard_size microbatch_tokens
     rollout_tokens gradient_checkpointing preset out resume changed""".split()
 
 
 def claim_folder(config: Config, ranks: Ranks):
-    """-> the run's folder, the same on all ranks; what its config.json shall hold; and its lock, for
-    one run at a time. The kernel frees the lock when the file is closed, also after a kill."""
+    """-> the run's folder, the same on all ranks; what its config.json shall hold; and its lock:
+    one run at a time. The kernel frees it when the file is closed, also after a kill."""
     name = time.strftime(f"runs/{config.preset or 'run'}-%Y%m%d-%H%M%S")
     config.out = ranks.gather(config.out or name)[0]
     folder = Path(config.out)
