@@ -989,7 +989,7 @@ BAD_RUNS = [  # flags, rows, what the line must say
     ({"referee": "no/such"}, ROWS, "no/such"), ({"device": "cuda:99"}, ROWS, "--device cuda:99"),
     ({"shard_size": 2}, ROWS, "2 does not divide the 1 ranks"),
     ({"mix": "1:1:1"}, ROWS, "mix 1:1:1"), ({"mix": "open=0"}, ROWS, "mix"),
-    ({"mix": "open=-1"}, ROWS, "mix"), ({"mix": "opne=1"}, ROWS, "mix opne.*verifiable=N"),
+    ({"mix": "open=-1"}, ROWS, "mix"), ({"mix": "opne=1"}, ROWS, "mix opne.*verifiable="),
     ({"out": "rows.jsonl/run"}, ROWS, "--out rows.jsonl/run: .*Not a directory"),
     ({"stop_tokens": "nosuch"}, ROWS, "nosuch"), ({"device": "mps"}, ROWS, "--device mps"),
     ({}, [], "no rows"), ({}, ROWS[:2], "no rows of kind open"),
