@@ -985,12 +985,12 @@ LONG = dict(prompt=turn("w1 " * 5000))  # two tokens a word, the context has 8,1
 SYSTEM = dict(prompt=turn("w1", "system") + turn("w2"))
 BAD_RUNS = [  # flags, rows, what the line must say
     ({"data": "typo.jsonl"}, ROWS, "typo.jsonl.*data_prep.py"),
+    ({"out": "rows.jsonl/run"}, ROWS, "--out rows.jsonl/run: .*Not a directory"),
     ({"preset": "tiny", "data": "typo"}, ROWS, "typo"), ({"model": "no/such"}, ROWS, "no/such"),
     ({"referee": "no/such"}, ROWS, "no/such"), ({"device": "cuda:99"}, ROWS, "--device cuda:99"),
     ({"shard_size": 2}, ROWS, "2 does not divide the 1 ranks"),
     ({"mix": "1:1:1"}, ROWS, "mix 1:1:1"), ({"mix": "open=0"}, ROWS, "mix"),
-    ({"mix": "open=-1"}, ROWS, "mix"), ({"mix": "opne=1"}, ROWS, "mix opne.*verifiable="),
-    ({"out": "rows.jsonl/run"}, ROWS, "--out rows.jsonl/run: .*Not a directory"),
+    ({"mix": "open=-1"}, ROWS, "mix"), ({"mix": "opne=1"}, ROWS, "mix opne.*verifiable=N"),
     ({"stop_tokens": "nosuch"}, ROWS, "nosuch"), ({"device": "mps"}, ROWS, "--device mps"),
     ({}, [], "no rows"), ({}, ROWS[:2], "no rows of kind open"),
     ({}, [*ROWS[:2], ROWS[2] | LONG], ":3: prompt"), ({}, [row_of("essay", "w1")], ":1: kind"),
