@@ -663,6 +663,19 @@ def by_text(group, greedy):
     return [float(text) for text in group.responses] if greedy else None
 
 
+SPACES = " " * 10**6
+ENDLESS = ["< ", "<" + SPACES, "< / ", "</" + SPACES, "<|", "<|x" * 9, "<|" + "x" * 10**6, "abc"]
+
+
+@pytest.mark.parametrize("unit", ENDLESS)
+def test_breaking_apart_is_linear(tokenizer, unit):
+    """Bug: a response of "<" and 32,000 spaces hangs the trainer for minutes."""
+    text, start = (unit * (10**6 // len(unit))), time.process_time()
+    for pattern in (data_prep.forged_parts("abcdef"), data_prep.delimiters(tokenizer)):
+        assert data_prep.break_apart(text, pattern) == text
+    assert time.process_time() - start < 2  # plain text takes a tenth of a second
+
+
 @pytest.mark.parametrize("evil", EVIL)
 def test_data_are_data(tokenizer, evil):
     """Bug: a fake block, delimiter, special or role token or braces in data; a second BOS."""
@@ -834,16 +847,17 @@ def test_lists_fit_the_form(size, count):
 
 
 def test_alarms(settings, tmp_path, capsys):
-    """Bug: judge collapse goes unseen, an alarm always rings, or at every step."""
+    """Bug: judge collapse goes unseen, an alarm always rings, at every step, or never again."""
     sick = {"parse_rate/preference": 0.2, "parse_rate/open": 0.2, "flat/open": 1}
     sick |= {"truncated/verifiable": 0.9, "logprob_gap": 0.5, "skipped": 1}
+    sick |= {"kl": 11, "slot_gap/open": 4}
     assert set(sick) == {name for name, *_ in urpo.ALARMS}
     for metric, bad in [("none", 0), *sick.items()]:
         log = urpo.Log(tmp_path, settings(), 0, True)
-        for step in (2, 3):
+        for step in range(0, 50, 5):  # none of those that are said
             healthy = {name: 0.9 if "parse_rate" in name else 0 for name in sick}
             log.metrics({"step": step, "loss": 0.0} | healthy | {metric: bad})
-        assert capsys.readouterr().out.count("!") == (metric in sick)
+        assert capsys.readouterr().out.count("!") == 2 * (metric in sick)  # the 1st, the 10th
 
 
 def test_metrics_of_judgements(judged):
@@ -857,6 +871,8 @@ def test_metrics_of_judgements(judged):
     judged([group], lambda group, _: [float(len(text)) for text in group.responses])
     metrics = observed(group)
     assert metrics["length_tau/open"] == 1 and metrics["flat/open"] == 0
+    judged([group], lambda group, _: [9.0] + [5.0] * 3, judgements=20)  # A, whoever it is
+    assert observed(group)["slot_gap/open"] == 4
     assert not {"true_quality/open", "reward_tau/open"} & set(metrics)  # here nobody knows
 
     group = judging([1, 2], GOOD, block("A: 5", "B: 5"), "?", responses=["a", "bb"])
@@ -1015,15 +1031,80 @@ def test_what_is_loaded(settings, folder, monkeypatch, tmp_path):
     assert torch.equal(weights(loaded[1][2]), weights_of(other))
 
 
+def test_resume_with_other_settings(settings, tmp_path, monkeypatch):
+    """Bug: it goes on in silence as another run, from another model, over a finished one; a
+    damaged model ends in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    model, rows = save(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags = dict(model=model, data=rows, steps=1, save_every=1, resume=True)
+    run = urpo.train(settings(**flags)).parent
+    others = dict(seed=5, learning_rate=0.5, kl_coef=0.0, mix="open=1", data="same.jsonl")
+    shutil.copy(rows, "same.jsonl")
+    for name, new in others.items():
+        said = refused(urpo.train, settings(**flags | {name: new}))
+        assert re.search(f"{name} was .+, now it is {new}; .*--changed true goes on", said)
+    write_rows(Path(rows), ROWS[:-1])
+    assert "rows.jsonl was" in refused(urpo.train, settings(**flags))
+    write_rows(Path(rows), ROWS)
+    save(model, num_hidden_layers=1)
+    assert "model.safetensors was" in refused(urpo.train, settings(**flags))
+    copy = shutil.copytree(run, tmp_path / "copy")
+    said = refused(urpo.train, settings(**flags, changed=True, out=copy))
+    assert "step-1: damaged, or of another model: 21 tensors, but the model has 12" in said
+
+    save(model)
+    may = dict(steps=2, save_every=2, microbatch_tokens=64, eval_every=3, eval_rows=5)
+    urpo.train(settings(**flags | may))
+    urpo.train(settings(**flags | dict(steps=3, learning_rate=0.5, changed=True)))
+    assert [m["learning_rate"] for m in lines_of(run)] == [0.001, 0.001, 0.5]
+    assert json.loads((run / "config.json").read_text())["learning_rate"] == 0.5
+    shutil.rmtree(run / "checkpoints")
+    assert "holds a finished run" in refused(urpo.train, settings(**flags))
+    for name, said in [("model.safetensors", "cannot be loaded"), ("tokenizer.json", "tokenizer")]:
+        os.truncate(tmp_path / "model" / name, 2000)
+        assert said in refused(urpo.train, settings(model=model, out=name))
+
+
+# fmt: off
+SPOILED = [  # file of a run, what it holds now, what the line must say
+    ("metrics.jsonl", "junk\n", "not what a run"), ("samples.jsonl", "{}\n", "not what a run"),
+    ("checkpoints/step-4/__0_0.distcp", "", "damaged"), ("config.json", "{", "copy-3: Expecting"),
+    ("checkpoints/step-4/.metadata", "", "damaged")]
+# fmt: on
+
+
+def test_what_happens_to_folders(settings, monkeypatch):
+    """Bug: a traceback, or a folder of the user's is removed."""
+    flags = dict(save_every=1, resume=True)
+    run = urpo.train(settings(steps=3, **flags)).parent
+    assert len({file.stat().st_mode for file in (run / "final").iterdir()}) == 1
+    for name in ("step-abc", "step-2.old"):
+        shutil.copytree(run / "checkpoints/step-2", run / "checkpoints" / name)
+    urpo.train(settings(steps=4, **flags))
+    assert len(os.listdir(run / "checkpoints")) == 4 and saved_steps(run) == [3, 4]
+
+    for i, (name, text, message) in enumerate(SPOILED):
+        copy = shutil.copytree(run, run.with_name(f"copy-{i}"))
+        (copy / name).write_text(text)
+        assert message in refused(urpo.train, settings(**flags, out=copy))
+    step = urpo.urpo_step
+    monkeypatch.setattr(urpo, "urpo_step", lambda *args: shutil.rmtree(run) or step(*args))
+    assert "metrics.jsonl: [Errno 2]" in refused(urpo.train, settings(**flags, steps=5))
+
+
 # ================================================================================ bad input
 # fmt: off
 FLAGS = [("--bogus 1", "--bogus"), ("--grou 4", "--grou"), ("--preset big", "preset big"),
          ("--model m", "--data"), ("--group_size 1", "group_size"), ("--list_size 1", "list_size"),
          ("--judgements 0", "judgements"), ("--temperature 0", "temperature")]
+UNFIT = """temperature=inf temperature=nan learning_rate=-1 kl_coef=-0.1 kl_coef=nan steps=0
+    eval_rows=-1 save_every=-1 eval_every=-1 shard_size=-1 max_grad_norm=inf rollout_tokens=0"""
+FLAGS += [("--" + flag.replace("=", " "), flag.split("=")[0]) for flag in UNFIT.split()]
 LONG = dict(prompt=turn("w1 " * 5000))  # two tokens a word, the context has 8,192
 SYSTEM = dict(prompt=turn("w1", "system") + turn("w2"))
 BAD_RUNS = [  # flags, rows, what the line must say
     ({"data": "typo.jsonl"}, ROWS, "typo.jsonl.*data_prep.py"),
+    ({"out": "rows.jsonl/run"}, ROWS, "--out rows.jsonl/run: .*Not a directory"),
     ({"preset": "tiny", "data": "typo"}, ROWS, "typo"), ({"model": "no/such"}, ROWS, "no/such"),
     ({"referee": "no/such"}, ROWS, "no/such"), ({"device": "cuda:99"}, ROWS, "--device cuda:99"),
     ({"shard_size": 2}, ROWS, "2 does not divide the 1 ranks"),
@@ -2303,6 +2384,8 @@ def rank_main(answer, job, args, threads, environment):
     """A rank: how its job ended goes to the file `answer`."""
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    for number in urpo.STOPS:
+        signal.signal(number, signal.SIG_DFL)  # whatever the shell of this test ignores
     try:
         ended = "value", job(*args)
     except SystemExit as error:
@@ -2385,7 +2468,7 @@ def job_train(config, fixed=True, full_disk_of=None):
     urpo.JUDGE = FAKE_JUDGE
     if fixed:
         fix_completions()
-    if full_disk_of and os.environ["RANK"] == full_disk_of:
+    if full_disk_of and os.environ.get("RANK", "0") == full_disk_of:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     return urpo.train(config)
 
@@ -2518,7 +2601,7 @@ def test_full_disk(config):
     on_ranks(2, job_train, config)
     config = dataclasses.replace(config, resume=True, steps=4)
     for kind, text in ended(start(2, job_train, config, True, "1")):
-        assert kind == "exit" and "step 2 is not saved" in text
+        assert kind == "exit" and "step 2 is not saved (disk full?)" in text
         assert "\n" not in text and len(text) <= 300
     assert saved_steps(run) == [1]
     on_ranks(2, job_train, config)
@@ -2526,31 +2609,71 @@ def test_full_disk(config):
     assert sorted(os.listdir(run / "checkpoints")) == ["step-3", "step-4"]
 
 
-def test_sigterm_on_one_rank(config):
+STOPS = pytest.mark.parametrize("number", urpo.STOPS)
+
+
+@STOPS
+def test_a_signal_to_one_rank(config, number):
     """Only the rank that was told stops, nothing is saved; two runs at once in one folder."""
     config, run = dataclasses.replace(config, steps=10000, save_every=0), Path(config.out)
     ranks = start(2, job_train, config)
     wait_for(run / "metrics.jsonl", ranks)
     other = refused(urpo.train, dataclasses.replace(config, resume=True, steps=1))
-    os.kill(ranks[1].pid, signal.SIGTERM)
+    os.kill(ranks[1].pid, number)
     assert ended(ranks) == [("value", run)] * 2 and [rank.exitcode for rank in ranks] == [0, 0]
     done = [line["step"] for line in metrics_of(run)]
     assert done == list(range(1, len(done) + 1)) and saved_steps(run) == done[-1:]
     assert "another run is at work there" in other
 
 
-def test_second_sigterm(settings, monkeypatch):
-    """A rank that waits for dead ones cannot finish its step, and cannot be stopped either."""
-    real, handlers = urpo.urpo_step, []
+@STOPS
+def test_a_second_signal(settings, monkeypatch, capsys, number):
+    """A rank that waits for dead ones cannot finish its step, and cannot be stopped either; what
+    is ignored (nohup) stops a run."""
+    before, real, handlers = [signal.getsignal(each) for each in urpo.STOPS], urpo.urpo_step, []
+    for each in urpo.STOPS:
+        signal.signal(each, signal.SIG_DFL if each == number else signal.SIG_IGN)
 
     def step(*args):
         assert not handlers, "the first one did not stop the run"
-        os.kill(os.getpid(), signal.SIGTERM)
-        handlers.append(signal.getsignal(signal.SIGTERM))
+        for each in urpo.STOPS:
+            os.kill(os.getpid(), each)
+        handlers.extend(map(signal.getsignal, urpo.STOPS))
         return real(*args)
 
     monkeypatch.setattr(urpo, "urpo_step", step)
-    assert saved_steps(urpo.train(settings())) == [1] and handlers == [signal.SIG_DFL]
+    run = urpo.train(settings())
+    for each, handler in zip(urpo.STOPS, before):
+        signal.signal(each, handler)
+    assert saved_steps(run) == [1] and handlers.count(signal.SIG_IGN) == 2
+    assert handlers[urpo.STOPS.index(number)] == signal.SIG_DFL
+    said = f"{number.name} after step 1: to go on, add --resume true --out {run}"
+    assert said in capsys.readouterr().out
+
+
+def job_unheard(config, gone):
+    """A run whose output is lost: a pipe that nobody reads, or a terminal without a ±."""
+    sys.stdout.reconfigure(encoding="ascii")
+    if gone:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1), os.dup2(writer, 2)
+    return job_train(config), sys.stdout.flush()  # as at exit
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_output_that_cannot_be_written(config, data, gone):
+    """`| head -1`, or the end's table on an ASCII terminal, ends a run."""
+    config = dataclasses.replace(config, steps=2, eval_data=data, eval_every=2, eval_rows=2)
+    assert on_ranks(1, job_unheard, config, gone)[0][0] == Path(config.out) / "final"
+
+
+def test_full_disk_at_the_end(config):
+    """A traceback, or half of a model that looks like a whole one."""
+    config, run = dataclasses.replace(config, save_every=0, steps=1), Path(config.out)
+    [(kind, text)] = ended(start(1, job_train, config, True, "0"))
+    assert kind == "exit" and "final is not written (disk full?)" in text and "\\n" not in text
+    assert [line["step"] for line in metrics_of(run)] == [1] and not (run / "final").exists()
 
 
 def test_a_rank_dies_under_torchrun(config, tmp_path):

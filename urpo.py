@@ -36,6 +36,7 @@ if sys.platform == "win32":  # before the imports below, which Windows does not 
 
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -63,6 +64,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch import Tensor, distributed as dist
 from torch.distributed import checkpoint as dcp, fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -97,6 +99,7 @@ class Config:
     referee: str = setting("self", "judge of open groups: self (URPO), or a frozen model's folder")
     out: str = setting("", "folder of this run; empty: runs/PRESET-TIME")
     resume: bool = setting(False, "go on from the newest checkpoint in --out, or start there")
+    changed: bool = setting(False, "resume although settings or files are others than before")
     seed: int = setting(0, "all random numbers are functions of it, the step and row or rank")
     device: str = setting("", "cpu, cuda or cuda:N; empty: cuda where there is one")
     # batch, sampling
@@ -1032,20 +1035,24 @@ def observations(group: Group, config) -> list[tuple[str, float]]:
             for label, score in zip(LABELS, scores):
                 see(f"slot_score_{label}", score)
 
-    quality = []
-    for name, value in KINDS[kind].score(group, config):
+    scored = KINDS[kind].score(group, config)
+    for name, value in scored:
         see(name, value)
-        if name == "true_quality":
-            quality.append(value)
+    quality = [value for name, value in scored if name == "true_quality"]
     # only if every completion has both, or the two lists would not be about the same ones
     if len(rewards) == len(quality) and len(set(quality)) > 1:
         see("reward_tau", ranking_reward(rewards, quality))
     return seen
 
 
+# Only a terminal can draw a bar. Elsewhere it is noise, and a closed pipe would end the run.
+BARS = sys.stderr is not None and sys.stderr.isatty()
+
+
 def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") -> dict[str, float]:
-    """Held-out scores (never rewards) of the policy, whoever is the referee, at temperature 1 and `_greedy`, with n (`_n`) and standard
-    error over prompts (`_se`). Lists of responses are judged in a random order and its reverse."""
+    """Held-out scores (never rewards) of the policy, whoever is the referee, at temperature 1 and
+    `_greedy`. Each has a count (`_n`) and a standard error (`_se`). The error is over prompts, for
+    values of one prompt are not independent. Lists are judged in a random order and its reverse."""
     torch.manual_seed(random.Random(f"{config.seed}/held out/{ranks.rank}").getrandbits(63))
     groups = []
     for i in range(ranks.rank, len(rows), ranks.world):
@@ -1062,7 +1069,7 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
     metrics = {}
     for suffix, temperature in [("", 1.0), ("_greedy", 0.0)]:
         with ranks.unsharded(policy.model):
-            rollout(policy, groups, 1, temperature, config, "held out" if ranks.main else "")
+            rollout(policy, groups, 1, temperature, config, "held out" * (ranks.main and BARS))
         scored = []
         for group in groups:
             prompt = group.row["prompt"][-1]["content"]
@@ -1077,9 +1084,13 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
 
 ALARMS = [  # metric, lowest and highest healthy value, what is wrong and what helps
     ("parse_rate/preference", 0.5, 1, "judgements do not parse: tools/warm_up.py"),
-    ("parse_rate/open", 0.5, 1, "half of the referee's judgements cannot be read: a weak referee, "
-     "or answers that break its form"),
+    ("parse_rate/open", 0.5, 1, "half of the referee's judgements do not parse: see its answers"),
     ("flat/open", 0, 0.8, "the referee gives a whole group one score: more preference rows"),
+    # Places are random, so a judge that reads gives all of them the same mean: in the tiny world
+    # they differ by 0.2. Its start model does not read yet, and gives A 9.4, B 3.0 and C 1.0.
+    ("slot_gap/open", 0, 3, "the referee prefers a place in the list: more preference rows"),
+    # Tiny runs that went well stayed below 1.5; a learning rate that breaks a model ends beyond 10.
+    ("kl", 0, 3, "far from the start model: a lower --learning_rate, a higher --kl_coef"),
     ("truncated/verifiable", 0, 0.5, "half of the answers are cut: raise --max_new_tokens"),
     ("logprob_gap", 0, 0.1, "sampler and trainer disagree: with a cache the model is another one"),
     ("skipped", 0, 0, "no finite gradient, so no update: go back to a checkpoint if this goes on"),
@@ -1248,7 +1259,7 @@ class Ranks:
 
 def read_weights(model, name: str, ranks: Ranks):
     """Fill a model without values from safetensors: a rank reads its own shard of each tensor."""
-    with in_one_line(f"{name}: not a model that can be loaded", dcp.CheckpointException):
+    with in_one_line(f"{name} cannot be loaded", dcp.CheckpointException, SafetensorError):
         folder = Path(name)
         if not folder.is_dir():
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
@@ -1313,17 +1324,23 @@ def check_packing(model):
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete ones, oldest first: torch flushes all other files before it names `.metadata`."""
-    complete = [path.parent for path in folder.glob("step-*/.metadata")]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
+    return [path for path in step_folders(folder) if (path / ".metadata").exists()]
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """step-N, smallest N first. Other names (step-50.old, step-abc) are none of ours."""
+    found = [path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[len("step-") :]))
 
 
 def save_checkpoint(folder: Path, step: int, model, optimizer, ranks: Ranks):
     """A kill or a full disk at any moment leaves the older ones alone."""
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    with in_one_line(f"step {step} is not saved, older ones are intact", dcp.CheckpointException):
+    with in_one_line(f"step {step} is not saved (disk full?), older ones are intact",
+                     dcp.CheckpointException):
         dcp.save(state, checkpoint_id=folder / f"step-{step}", no_dist=ranks.world == 1)
     if ranks.main:
-        for old in set(folder.glob("step-*")) - set(checkpoints(folder)[-2:]):
+        for old in set(step_folders(folder)) - set(checkpoints(folder)[-2:]):
             (old / ".metadata").unlink(missing_ok=True)  # first: half of a checkpoint is none
             shutil.rmtree(old)
     ranks.gather(None)
@@ -1338,20 +1355,31 @@ def resume(folder: Path, model, optimizer, ranks: Ranks) -> int:
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
     with in_one_line(f"{newest}: damaged, or of another model", dcp.CheckpointException):
         dcp.load(state, checkpoint_id=newest, no_dist=ranks.world == 1)
+        # All that this model has was there. If more is there, it is of a model with more layers.
+        stored = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
+        tensors = {name.removeprefix("model.") for name in stored if name.startswith("model.")}
+        if tensors != set(state["model"]):
+            raise ValueError(f"{len(tensors)} tensors, but the model has {len(state['model'])}")
     dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"],
                              optim_state_dict=state["optimizer"])
     return int(newest.name.removeprefix("step-"))
 
 
 def export(policy: Actor, folder: Path, ranks: Ranks):
-    """An ordinary Hugging Face folder of float32 weights."""
+    """An ordinary Hugging Face folder of float32 weights. It gets its name when it is complete."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(policy.model, options=options)  # whole on rank 0 alone
     if ranks.main:
         for copy in policy.model.all_tied_weights_keys:  # else they would be written twice
             state.pop(copy, None)
-        policy.model.save_pretrained(folder, state_dict=state)
-        policy.tokenizer.save_pretrained(folder)
+        with in_one_line(f"{folder} is not written (disk full?)", SafetensorError):
+            part = folder.with_suffix(".tmp")
+            policy.model.save_pretrained(part, state_dict=state)
+            policy.tokenizer.save_pretrained(part)
+            for file in part.glob("*.safetensors"):  # safetensors lets nobody else read them
+                shutil.copymode(part / "config.json", file)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
     ranks.gather(None)
 
 
@@ -1416,34 +1444,46 @@ class Log:
 
     def __init__(self, folder: Path, config: Config, start: int, main: bool):
         self.folder, self.config, self.main = folder, config, main
-        self.alarmed = set()
-        self.say = tqdm.write if main else lambda text: None
-        if not main:
-            return
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
-        for path in (folder / "samples.jsonl", folder / "metrics.jsonl"):  # repeat no step
-            lines = path.read_text() if start and path.exists() else ""
-            kept = [line for line in lines.split("\n")[:-1] if json.loads(line)["step"] <= start]
-            path.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
-            path.with_suffix(".tmp").replace(path)  # without a last line that is cut
+        self.red = {}  # alarm: at how many steps it was red
+        for name in ("samples.jsonl", "metrics.jsonl") if main else []:  # repeat no step
+            path = folder / name
+            with in_one_line(f"{path}: not what a run has written", KeyError, TypeError):
+                lines = path.read_text().split("\n")[:-1] if start and path.exists() else []
+                kept = [f"{line}\n" for line in lines if json.loads(line)["step"] <= start]
+                path.with_suffix(".tmp").write_text("".join(kept))
+                path.with_suffix(".tmp").replace(path)  # without a last line that is cut
 
     def write(self, name: str, line: dict):
         if self.main:
-            with open(self.folder / name, "a") as file:
+            with in_one_line(f"{self.folder / name}"), open(self.folder / name, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def say(self, text: str):
+        """The log is metrics.jsonl. Nobody has to read this: a terminal may lack a letter, or be
+        gone (`| head -1`), and the run goes on."""
+        if not self.main:
+            return
+        try:
+            with tqdm.external_write_mode():  # the bar makes room
+                print(text, flush=True)
+        except UnicodeError:
+            print(ascii(text))
+        except OSError:  # nowhere from now on, nor what waits in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     def metrics(self, m: dict):
-        """Write one line. Print it if it is that of every fifth step, and print each alarm once.
-        (Held-out scores are lines of their own: only those of training steps have a loss.)"""
+        """Write one line. Print it in every fifth step, and an alarm in its 1st, 10th, 100th ... red
+        step. (Only lines of training steps have a loss; those of held-out scores have none.)"""
         self.write("metrics.jsonl", m)
         if "loss" in m and m["step"] % 5 == 1:
             rewards = " ".join(f"{k} {m.get(f'reward/{k}', math.nan):+.3f}" for k in KINDS)
             self.say(f"step {m['step']}: reward {rewards} | loss {m['loss']:+.4f} kl {m['kl']:.4f} "
                      f"grad {m['grad_norm']:.2f} entropy {m['entropy']:.2f} | {m['seconds']:.1f} s")
         for name, lowest, highest, text in ALARMS:
-            if not lowest <= m.get(name, lowest) <= highest and text not in self.alarmed:
-                self.say(f"  ! step {m['step']}: {text}")
-                self.alarmed.add(text)
+            if not lowest <= m.get(name, lowest) <= highest:  # or NaN
+                self.red[name] = self.red.get(name, 0) + 1
+                if self.red[name] in (1, 10, 100, 1000):
+                    self.say(f"  ! step {m['step']} ({self.red[name]} such): {text}")
 
     def samples(self, step: int, groups: list[Group]):
         """Write the first group of each kind to samples.jsonl, and print its last completion."""
@@ -1453,9 +1493,9 @@ class Log:
         for kind, group in firsts.items():
             judged = []
             for question in group.judged:
-                [judgement] = question.completions
-                judged.append({"shown": question.shown, "critique": judgement.text,
-                               "scores": question.scores(judgement)})
+                [said] = question.completions
+                scores = question.scores(said)
+                judged.append({"shown": question.shown, "critique": said.text, "scores": scores})
             line = {"step": step, "kind": kind, "prompt": group.row["prompt"], "truth": group.truth,
                     "responses": group.judge.responses if group.judge else [], "judged": judged}
             quality = score_quality(group, self.config) if kind == "open" else []
@@ -1472,14 +1512,36 @@ class Log:
         """The held-out scores before and after, and what the best trivial strategy gets."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         evals = [m for m in map(json.loads, lines) if "loss" not in m]
-        for line in held_out_table(evals[0], evals[-1], trivial_scores(held_out)):
-            self.say(line)
+        if evals:  # none, if a finished run was resumed
+            for line in held_out_table(evals[0], evals[-1], trivial_scores(held_out)):
+                self.say(line)
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # kill, Ctrl-C, a terminal that closes
+
+
+def note_signals() -> list[str]:
+    """-> a list that gets the name of a signal when it comes. The run then finishes its step, saves
+    and ends. A second one ends the process at once: it may wait for a rank that is gone. A signal
+    that is ignored from the start stays so, which is how nohup works."""
+    came = []
+    heeded = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+
+    def note(number, frame):
+        came.append(signal.Signals(number).name)
+        for each in heeded:
+            signal.signal(each, signal.SIG_DFL)
+
+    for number in heeded:
+        signal.signal(number, note)
+    return came
 
 
 @show_traceback  # torchrun then shows the traceback of the rank that failed first
 def train(config: Config) -> Path:
     """The whole run -> path of its final Hugging Face folder."""
     transformers.utils.logging.disable_progress_bar()  # a bar for every file would bury the run's
+    came = note_signals()
     ranks = Ranks(config)
 
     # ---- rows first: a bad one is named before any model is loaded
@@ -1488,7 +1550,7 @@ def train(config: Config) -> Path:
     most = min(context, load_tokenizer(judge)[1]) - config.judge_max_new_tokens
     config.judge_prompt_tokens = min(config.judge_prompt_tokens, most)
     by_kind, counts, held_out = prepare_rows(config, tokenizer, context)
-    folder, lock = claim_folder(config, ranks)  # noqa: F841  (the lock is held until we return)
+    folder, settings, lock = claim_folder(config, ranks)  # noqa: F841  (lock: held until the end)
 
     # ---- models, and the checkpoint to go on from
     policy = load_actor(config.model, config, ranks, trainable=True)
@@ -1500,15 +1562,14 @@ def train(config: Config) -> Path:
     start = resume(folder / "checkpoints", policy.model, optimizer, ranks) if config.resume else 0
     last = config.steps
     log = Log(folder, config, start, ranks.main)
+    if ranks.main:
+        (folder / "config.json").write_text(json.dumps(settings, indent=2))
     log.say(f"{folder}: {len(held_out)} rows held out; from step {start}")
 
-    # The first SIGTERM only puts the default handler back. The loop looks for that after each step,
-    # then saves and returns. A second SIGTERM meets the default handler and kills at once, for a
-    # step that waits for a lost rank never ends.
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if held_out and not start:
         log.metrics({"step": 0, **evaluate(policy, held_out, config, ranks)})
-    for step in tqdm(range(start + 1, last + 1), initial=start, total=last, disable=not ranks.main):
+    bar = ranks.main and BARS
+    for step in tqdm(range(start + 1, last + 1), initial=start, total=last, disable=not bar):
         # ---- 1 to 6
         begin = time.perf_counter()
         rate = config.learning_rate * min(1.0, step / max(1, config.lr_warmup))
@@ -1526,11 +1587,11 @@ def train(config: Config) -> Path:
         # ---- held-out scores, checkpoint
         if held_out and due:
             log.metrics({"step": step, **evaluate(policy, held_out, config, ranks)})
-        stopping = any(ranks.gather(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL))
+        stopping = max(ranks.gather(came))  # empty if none came to any rank
         if stopping or (config.save_every and (step == last or step % config.save_every == 0)):
             save_checkpoint(folder / "checkpoints", step, policy.model, optimizer, ranks)
         if stopping and step < last:
-            log.say(f"stopped by SIGTERM after step {step}: --out {folder} --resume true goes on")
+            log.say(f"{stopping[0]} after step {step}: to go on, add --resume true --out {folder}")
             return folder
 
     export(policy, folder / "final", ranks)
@@ -1540,21 +1601,50 @@ def train(config: Config) -> Path:
     return folder / "final"
 
 
+# What may change when a run goes on: its length, what is written when, and how the work is divided
+# (which can change draws, but not what they are drawn from). All else would make it another run.
+MAY_CHANGE = """steps eval_every eval_rows save_every device shard_size microbatch_tokens
+    rollout_tokens gradient_checkpointing preset out resume changed""".split()
+
+
 def claim_folder(config: Config, ranks: Ranks):
-    """-> the run's folder, the same on all ranks, and its lock: one run at a time. The kernel frees
-    the lock when the file is closed, also after a kill."""
+    """-> the run's folder, the same on all ranks; what its config.json shall hold; and its lock:
+    one run at a time. The kernel frees it when the file is closed, also after a kill."""
     name = time.strftime(f"runs/{config.preset or 'run'}-%Y%m%d-%H%M%S")
     config.out = ranks.gather(config.out or name)[0]
     folder = Path(config.out)
-    if not config.resume and (folder / "metrics.jsonl").exists():
-        raise BadInput(f"{folder} holds a run: --resume true goes on, or give another --out")
-    ranks.gather(None)  # all have looked
-    with in_one_line(f"--out {folder}: another run is at work there, or"):
+    with in_one_line(f"--out {folder}"):
+        complete = checkpoints(folder / "checkpoints")
+        if not config.resume and (folder / "metrics.jsonl").exists():
+            raise BadInput(f"{folder} holds a run: --resume true goes on, or give another --out")
+        if (folder / "final").exists() and not complete:
+            raise BadInput(f"{folder} holds a finished run without checkpoints: give another --out")
+        settings = described(config)
+        if config.resume and complete and not config.changed:
+            for name, old in json.loads((folder / "config.json").read_text()).items():
+                if settings.get(name) != old and name not in MAY_CHANGE:
+                    raise BadInput(f"{folder}: {name} was {old}, now it is {settings.get(name)}; "
+                                   "if that is meant, --changed true goes on")
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
-        if ranks.main:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return folder, lock
+        taken = False
+        try:
+            if ranks.main:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        if any(ranks.gather(taken)):  # and all have looked, before one of them writes
+            raise BadInput(f"{folder}: another run is at work there")
+    return folder, settings, lock
+
+
+def described(config: Config) -> dict:
+    """What config.json holds: all settings, and digests of the rows and of the start weights."""
+    found = asdict(config)
+    for path in [Path(config.data), *sorted(Path(config.model).glob("*.safetensors"))]:
+        with open(path, "rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return found
 
 
 def step_metrics(groups: list[Group], sums: dict[str, float], config, ranks: Ranks) -> dict:
@@ -1570,13 +1660,17 @@ def step_metrics(groups: list[Group], sums: dict[str, float], config, ranks: Ran
         elif name in ("grad_norm", "skipped") or name.endswith("_s"):
             metrics[name] /= ranks.world  # each rank reported the same norm, and its own seconds
     metrics["trained_tokens"] = metrics.pop("tokens")
-    mib = 2**20 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     peak = max(ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
-    metrics["peak_rss_mib"] = peak / mib
+    metrics["peak_rss_mib"] = peak / (2**20 if sys.platform == "darwin" else 1024)  # bytes or KiB
     if ranks.device.type == "cuda":
         metrics["peak_cuda_mib"] = max(ranks.gather(torch.cuda.max_memory_allocated() / 2**20))
     observed = [pair for group in groups for pair in observations(group, config)]
-    means = {name: statistics.fmean(values) for name, values in ranks.collect(observed).items()}
+    found = ranks.collect(observed)
+    means = {name: statistics.fmean(values) for name, values in found.items()}
+    slots = [name for name in found if re.fullmatch("slot_score_./open", name)]
+    # The mean score of a place in the referee's lists. Of fewer than 20 lists it would be noise.
+    scores = [means[name] for name in slots if len(found[name]) >= 20]
+    metrics["slot_gap/open"] = max(scores, default=0) - min(scores, default=0)
     return metrics | means
 
 
