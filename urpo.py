@@ -1246,8 +1246,8 @@ def check_packing(model):
         computed_in = model(ids).logits.dtype
     off = (packed - plain).abs().view(2, 16).mean(1).max().item()  # of the worse one, nats
     # In bfloat16 right models are off by up to 0.5, which is rounding and depends on the model and
-    # the ids. So what a deaf model does is the ruler. Measured on 15 models with 30 choices of ids
-    # each: right ones are off by 0.13 of it at most; a deaf one is by all of it.
+    # the ids. So the error of a deaf one is the ruler: measured (docs/many_gpus.md), right models
+    # are off by 0.13 of it at most, and one that is deaf itself is off by all of it.
     limit = 1e-3 if computed_in == torch.float32 else (deaf - plain)[16:].abs().mean().item() / 2
     if not off < limit:  # nor is NaN
         raise BadInput(f"{model.config.model_type}: packed log-probs are off by {off} nats")
