@@ -339,6 +339,47 @@ def test_memory_of_gpus(monkeypatch):
     assert made == [torch.device("meta")]
 
 
+# ======================================================================== machines, devices
+# fmt: off
+DEVICES = [  # --device, GPUs that torch sees, LOCAL_RANK under torchrun, what is taken or said
+    ("", 0, "", "cpu on the CPU: there is a GPU, but torch .* cannot use it"),
+    ("", 2, "", "cuda:0 this GPU only emulates bfloat16"), ("cuda", 2, "1", "cuda:1 this"),
+    ("cuda:1", 2, "", "cuda:1 this"), ("cpu", 2, "1", "cpu "), ("cuda", 0, "", "no such"),
+    ("cuda:1", 2, "1", "torchrun"), ("", 2, "2", "no such"), ("cuda:256", 2, "", "no such"),
+    ("mps", 0, "", "expected"), ("xpu", 2, "", "expected"), ("foo", 0, "", "expected cpu, cuda or")]
+# fmt: on
+
+
+@pytest.mark.parametrize("name,gpus,rank,said", DEVICES)
+def test_devices(settings, monkeypatch, capsys, name, gpus, rank, said):
+    """Bug: a traceback; torch reads cuda:256 as cuda:0; in silence a GPU is slow or not used."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(urpo, "NVIDIA", [__file__])
+    monkeypatch.setenv("LOCAL_RANK", rank or "0")
+    if not re.match("cpu|cuda", said):
+        assert re.search(f"--device {name}.*{said}", refused(urpo.device_named, name, bool(rank)))
+        return
+    device = urpo.device_named(name, bool(rank))
+    assert re.match(said, f"{device} {urpo.device_note(device)}")
+    if not gpus:  # the first line of a run
+        refused(urpo.train, settings(device=name, model="no/such"))
+        assert re.match(said, f"cpu {capsys.readouterr().out}")
+
+
+def test_before_torch_is_imported(tmp_path):
+    """Bug: a traceback on Windows; a user's own setting of the allocator is overridden."""
+    say = "import os, sys; sys.exit(str([v for n, v in os.environ.items() if 'ALLOC_CONF' in n]))"
+    (tmp_path / "torch.py").write_text(say)
+    path = [str(tmp_path), os.path.dirname(urpo.__file__)]
+    options = dict(stderr=subprocess.PIPE, env=os.environ | {"PYTORCH_ALLOC_CONF": "mine"})
+    for platform, said in (("win32", "urpo.py runs on .*WSL.*"), ("linux", r"\['mine'\]")):
+        script = f"import sys; sys.platform, sys.path[:0] = {platform!r}, {path}; import urpo"
+        run = subprocess.run([sys.executable, "-c", script], **options)
+        assert re.fullmatch(said, run.stderr.decode().strip()) and run.returncode == 1
+
+
 def test_torch_without_onednn(one_step, monkeypatch):
     """Bug: torch for Apple Silicon has no such ops: a traceback in the first rollout."""
     blocked = one_step(sgd=True)
@@ -1030,46 +1071,6 @@ def test_refused_models(settings, tmp_path, change, dtype, message):
     save_file(state | {"lm_head.weight": state["lm_head.weight"].to(dtype)}, file)
     said = refused(urpo.train, settings(model=folder))
     assert re.search(message, said) and (folder in said or "nats" in said)
-
-
-# fmt: off
-DEVICES = [  # --device, GPUs that torch sees, LOCAL_RANK under torchrun, what is taken or said
-    ("", 0, "", "cpu on the CPU: there is a GPU, but torch .* cannot use it"),
-    ("", 2, "", "cuda:0 this GPU only emulates bfloat16"), ("cuda", 2, "1", "cuda:1 this"),
-    ("cuda:1", 2, "", "cuda:1 this"), ("cpu", 2, "1", "cpu "), ("cuda", 0, "", "no such"),
-    ("cuda:1", 2, "1", "torchrun"), ("", 2, "2", "no such"), ("cuda:256", 2, "", "no such"),
-    ("mps", 0, "", "expected"), ("xpu", 2, "", "expected"), ("foo", 0, "", "expected cpu, cuda or")]
-# fmt: on
-
-
-@pytest.mark.parametrize("name,gpus,rank,said", DEVICES)
-def test_devices(settings, monkeypatch, capsys, name, gpus, rank, said):
-    """Bug: a traceback; torch reads cuda:256 as cuda:0; in silence a GPU is slow or not used."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(urpo, "NVIDIA", [__file__])
-    monkeypatch.setenv("LOCAL_RANK", rank or "0")
-    if not re.match("cpu|cuda", said):
-        assert re.search(f"--device {name}.*{said}", refused(urpo.device_named, name, bool(rank)))
-        return
-    device = urpo.device_named(name, bool(rank))
-    assert re.match(said, f"{device} {urpo.device_note(device)}")
-    if not gpus:  # the first line of a run
-        refused(urpo.train, settings(device=name, model="no/such"))
-        assert re.match(said, f"cpu {capsys.readouterr().out}")
-
-
-def test_before_torch_is_imported(tmp_path):
-    """Bug: a traceback on Windows; a user's own setting of the allocator is overridden."""
-    say = "import os, sys; sys.exit(str([v for n, v in os.environ.items() if 'ALLOC_CONF' in n]))"
-    (tmp_path / "torch.py").write_text(say)
-    path = [str(tmp_path), os.path.dirname(urpo.__file__)]
-    options = dict(stderr=subprocess.PIPE, env=os.environ | {"PYTORCH_ALLOC_CONF": "mine"})
-    for platform, said in (("win32", "urpo.py runs on .*WSL.*"), ("linux", r"\['mine'\]")):
-        script = f"import sys; sys.platform, sys.path[:0] = {platform!r}, {path}; import urpo"
-        run = subprocess.run([sys.executable, "-c", script], **options)
-        assert re.fullmatch(said, run.stderr.decode().strip()) and run.returncode == 1
 
 
 def test_doctests():
