@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: without a network every look-up takes long
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a second thread that spins slows the first
-import contextlib
 import ctypes
 import functools
 import gc

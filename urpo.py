@@ -1250,7 +1250,7 @@ class Ranks:
                     for hooks in ("_forward_pre_hooks", "_forward_hooks"):
                         undo.enter_context(patch.object(module, hooks, {}))
             yield
-        # On a GPU torch keeps the freed memory of the KV cache for itself, but NCCL needs some, too.
+        # On a GPU torch keeps the freed memory of the KV cache for itself; NCCL needs some, too.
         torch.cuda.empty_cache()
 
     def backward(self, model, loss: Tensor, last: bool):
