@@ -1166,16 +1166,16 @@ OTHER = [  # answer, what is not surely the same, or not worked out
     ("3", r"\ln x = 3"), ("6", "2x = 6"), ("x = 3", "y = 3"), ("72", "7²"), ("B", "B or C")]
 SAYS_24 = [
     "#### 24 apples\nof 48", "#### Step 3: add\nso 24.", r"<think>\boxed{17}</think> so \boxed{24}",
-    "it costs $24.00!", r"\boxed{{24}}", r"so \(x = 24\)", r"\fbox{24} of 50", r"\boxed 24 of 50",
+    "\\[\n24\n\\]", "costs $24.00!", r"so \(x = 24\)", r"\fbox{24} of 50", r"\boxed 24 of 50",
     "12 * 2 = 24 of them.", r"\boxed{24} is right; the tag </think> closes a thought",
-    "\\[\n24\n\\]", "<answer> 24 </answer>", r"[THINK]\boxed{9}[/THINK] **24**", r"\boxed{2}. No, \boxed{24}"]
+    "<answer> 24 </answer>", r"[THINK]\boxed{9}[/THINK] **24**", r"\boxed{2}. No, \boxed{24}"]
 SAYS_NOT_24 = [
     r"\boxed{24}. No: \boxed{}", "at 12:24", "24-year-old", r"<think>it may be \boxed{24}",
     r"\boxed{24}</think> I mean 25", r"24, so \boxed{24", r"so $x = 24\sqrt{3}$", "2^{24}", "24²",
     r"<think>so \boxed{24}</think>", "x is –24", r"a loss of -\$24", "minus 24", r"24 \pi", "24π",
     "- \\frac{24}{1}", "3 + 24i", "x - 24", "24 × 10^5", "5 × 10^24", "7 24/25", "1 024", "1'024",
-    "1{,}024", "24 + x", "24 dozen", "log x = 24", "2x = 24", "x > 24", "2 or 24", "$2, 24$", "10-24",
-    r"\sqrt 24", "24 squared", "$24{,}500", "24! ways", "1, 2, and 24"]
+    "1{,}024", "24 + x", "24 dozen", "log x = 24", "2x = 24", "x > 24", "2 or 24", "$2, 24$",
+    "10-24", r"\sqrt 24", "24 squared", "$24{,}500", "24! ways", "1, 2, and 24"]
 THOUGHTS = [  # what a model says, its answer
     ("<think>a</think>b", "b"), ("a</think>b", "b"), ("<think>a </think> b", " b"),
     ("<think>a</think>\n", ""), ("\n<think>\n\n</think>\n\nb", "\n\nb"), ("b<Think>a", ""),
