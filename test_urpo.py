@@ -1330,70 +1330,60 @@ def test_doctests():
 # ============================================================================ data_prep.py
 # fmt: off
 SAME = [  # answer, another spelling of it in a box
-    ("42", "42.0"), (r"\frac{1}{2}", r"\dfrac12"), ("1250", "1,250"), ("1000", "1{,}000"),
-    ("10000", r"10,\!000"), ("1/3", "0.333333"), (r"1\frac{1}{2}", r"\frac{3}{2}"), ("-3", "−3"),
-    ("0.00001", "10^{-5}"), ("300000", r"3\times10^5"), ("0.5", r"50\%"), (r"25\%", "25 percent"),
-    ("x=5", "5"), ("96", r"48 \times 2 = 96"), ("(1,2)", "( 1, 2 )"), ("x^2+1", "x^{2}+1"),
-    ("90", r"90^\circ"), (r"5\text{ cm}", "5"), ("18", r"18 \text{ dollars}"), ("6", "6 mph"),
-    ("C", r"\textbf{(C)}"), (r"a\}b", r"a\}b"), ("300000", r"x = 3 \times 10^{5}"),
-    ("3e+05", "300000"), ("6.02e23", "6.02 × 10²³"), ("-5", r"-\$5"), ("-5", "(–5)"), ("7", "+7"),
-    ("-0.5", r"- \frac{1}{2}"), ("9500", "9~500"), ("9500", r"9\,500"), ("150000", "1,50,000"),
-    ("9500", "9'500"), ("60%", r"\frac{3}{5}"), ("x = 12", "x = 12.0"), ("AB = 5", "5"),
-    ("5", "f(x) = 5"), ("a_1 = 3", r"a_{1} = \frac62 = 3"), ("C", r"\text{\textbf{C}}"),
-    ("42", r"{\bf 42}"), ("42", r"\boldsymbol{42}"), ("2 1/4", "2¼"), ("7", "７"),
-    (r"\\frac{3}{4}", "0.75"), ("$5", "5 dollars"), ("42", "42 km/h"), ("22", "22nd"),
-    ("3000000", "3 million"), ("B", "(B) cork"), (r"3\sqrt{2}", "3√2"),
-    ("2, 5", r"2}$ and $\boxed{5")]
+    ("42", "42.0"), (r"\frac{1}{2}", r"\dfrac12"), ("1250", "1,250"), ("10000", r"10,\!000"),
+    ("1/3", "0.333333"), (r"1\frac{1}{2}", r"\frac{3}{2}"), ("0.00001", "10^{-5}"), ("7", "+7"),
+    ("0.5", r"50\%"), (r"25\%", "25 percent"), ("96", r"48 \times 2 = 96"), ("(1,2)", "( 1, 2 )"),
+    ("x^2+1", "x^{2}+1"), ("90", r"90^\circ"), (r"5\text{ cm}", "5"), ("C", r"\textbf{(C)}"),
+    ("18", r"18 \text{ dollars}"), (r"a\}b", r"a\}b"), ("300000", r"x = 3 \times 10^{5}"),
+    ("3e+05", "300000"), ("6.02e23", "6.02 × 10²³"), ("-5", r"-\$5"), ("-5", "(–5)"),
+    ("-0.5", r"- \frac{1}{2}"), ("9500", "9~500"), ("150000", "1,50,000"), ("9500", "9'500"),
+    ("60%", r"\frac{3}{5}"), ("x = 12", "x = 12.0"), ("AB = 5", "5"), ("5", "f(x) = 5"),
+    ("a_1 = 3", r"a_{1} = \frac62 = 3"), ("C", r"\text{\textbf{C}}"), ("42", r"{\bf 42}"),
+    ("2 1/4", "2¼"), ("7", "７"), (r"\\frac{3}{4}", "0.75"), ("$5", "5 dollars"), ("22", "22nd"),
+    ("42", "42 km/h"), ("B", "(B) cork"), (r"3\sqrt{2}", "3√2"), ("2, 5", r"2}$ and $\boxed{5")]
 OTHER = [  # answer, what is not surely the same, or not worked out
-    ("18", "-18"), ("50", "0.5"), ("1/3", "0.33"), ("12345", "12, 345"), ("12", "1 2"),
-    ("3", "x^2 = 3"), ("5", "x != 5"), ("5", "x=2, x=5"), ("x=2, y=3", "y=2, x=3"), ("A", "a"),
-    ("[1,2)", "[1,2]"), ("6", "6xyz"), ("3 cm", "3 km"), ("18", "36/2"), ("377", "348+29"),
-    ("2", "2 thirds"), ("3", "3 millions"), ("5", "5 dozens"), ("42", "٤٢"), ("2516_8", "2516"),
-    (r"A\rightarrow B", r"A\leftarrow B"), ("1234567.89", "1234568"), ("12345.6789", "12345.67"),
-    ("1234567/2", "617283"), ("$5", "5 cents"), ("20 dollars", "€20"), ("$5", r"5\%"),
-    ("5", "5 grosses"), ("4", "4 gross"), ("3", "log x = 3"), ("3", r"\ln x = 3"), ("3", "lnx = 3"),
-    ("6", "2x = 6"), ("x = 3", "y = 3"), ("72", "7²"), ("9", r"9\pi"), ("2", "2, 5"),
-    ("B", "B or C")]
+    ("18", "-18"), ("50", "0.5"), ("1/3", "0.33"), ("12345", "12, 345"), ("12", "1 2"), ("A", "a"),
+    ("3", "x^2 = 3"), ("5", "x != 5"), ("5", "x=2, x=5"), ("x=2, y=3", "y=2, x=3"), ("6", "6xyz"),
+    ("[1,2)", "[1,2]"), ("3 cm", "3 km"), ("18", "36/2"), ("377", "348+29"), ("2", "2 thirds"),
+    ("3", "3 millions"), ("5", "5 dozens"), ("42", "٤٢"), ("2516_8", "2516"), ("$5", r"5\%"),
+    (r"A\rightarrow B", r"A\leftarrow B"), ("12345.6789", "12345.67"), ("1234567/2", "617283"),
+    ("$5", "5 cents"), ("20 dollars", "€20"), ("4", "4 gross"), ("3", "log x = 3"), ("2", "2, 5"),
+    ("3", r"\ln x = 3"), ("6", "2x = 6"), ("x = 3", "y = 3"), ("72", "7²"), ("B", "B or C")]
 SAYS_24 = [
-    "#### 24 apples\nof 48", "#### The answer is 24", "#### Step 3: add\nso 24.",
-    r"<think>\boxed{17}</think> so \boxed{24}", "it costs $24.00!", r"\boxed{{24}}",
-    r"so \(x = 24\)", r"\fbox{24} of 50", r"so \boxed 24 of 50", "12 * 2 = 24 of them.",
-    r"\boxed{24} is right; the tag </think> closes a thought", "<answer> 24 </answer>",
-    r"[THINK]\boxed{9}[/THINK] **24**", "\\[\nx = 24\n\\]", r"\boxed{2}. Wait, \boxed{24}"]
+    "#### 24 apples\nof 48", "#### Step 3: add\nso 24.", r"<think>\boxed{17}</think> so \boxed{24}",
+    "\\[\n24\n\\]", "costs $24.00!", r"so \(x = 24\)", r"\fbox{24} of 50", r"\boxed 24 of 50",
+    "12 * 2 = 24 of them.", r"\boxed{24} is right; the tag </think> closes a thought",
+    "<answer> 24 </answer>", r"[THINK]\boxed{9}[/THINK] **24**", r"\boxed{2}. No, \boxed{24}"]
 SAYS_NOT_24 = [
     r"\boxed{24}. No: \boxed{}", "at 12:24", "24-year-old", r"<think>it may be \boxed{24}",
-    r"\boxed{24}</think> I mean 25", r"24, so \boxed{24", r"so $x = 24\sqrt{3}$", "2^{24}",
-    r"<think>so \boxed{24}</think>", "<thought>24", "x is –24", r"a loss of -\$24", "minus 24",
-    "- \\frac{24}{1}", "24π", r"24 \pi", "3 + 24i", "24 + x", "x - 24", "24²", "24 × 10^5",
-    "5 × 10^24", "7 24/25", "1 024", "1'024", "1{,}024", "24 dozen", "log x = 24", "2x = 24",
-    "x > 24", "2 or 24", "10-24", r"\sqrt 24", "24 squared", "$24{,}500", "24! ways"]
+    r"\boxed{24}</think> I mean 25", r"24, so \boxed{24", r"so $x = 24\sqrt{3}$", "2^{24}", "24²",
+    r"<think>so \boxed{24}</think>", "x is –24", r"a loss of -\$24", "minus 24", r"24 \pi", "24π",
+    "- \\frac{24}{1}", "3 + 24i", "x - 24", "24 × 10^5", "5 × 10^24", "7 24/25", "1 024", "1'024",
+    "1{,}024", "24 + x", "24 dozen", "log x = 24", "2x = 24", "x > 24", "2 or 24", "$2, 24$",
+    "10-24", r"\sqrt 24", "24 squared", "$24{,}500", "24! ways", "1, 2, and 24"]
 THOUGHTS = [  # what a model says, its answer
-    ("<think>a</think>b", "b"), ("a</think>b", "b"), ("<think>a </think> b", " b"), ("a", "a"),
-    ("<think>a", ""), ("<think>a</think>\n", ""), ("<think>a</think>b<think>\nc", ""),
-    ("\n<think>\n\n</think>\n\nb", "\n\nb"), ("<thought>a</thought>b", "b"), ("b<Think>a", ""),
-    ("<think>a [THINK] </thought> b", ""),
+    ("<think>a</think>b", "b"), ("a</think>b", "b"), ("<think>a </think> b", " b"),
+    ("<think>a</think>\n", ""), ("\n<think>\n\n</think>\n\nb", "\n\nb"), ("b<Think>a", ""),
+    ("<think>a", ""), ("<thought>a</thought>b", "b"), ("<think>a [THINK] </thought> b", ""),
     *((text, text) for text in (
-        "The tag </think> ends it.", "It is `<think>a</think>`.", 'Write "</think>" and go on.',
-        "The tags <think> and </think> are a pair.", "a <b>b</b>"))]
+        "a", "The tag </think> ends it.", "It is `<think>a</think>`.", 'Write "</think>" so.'))]
 UNITS_OF_TEXT = [
-    "\\(", "\\[", "\\boxed", "\\boxed{1},", "\\boxed ", "$", "$a ", "<", "< ", "9", "9 ", "9,", "a",
-    "a ", "#", "{", "- ", "</think>", " <think> ", "√", "\n\nHuman:", " ", "\n"]
+    "\\(", "\\boxed", "\\boxed{1},", "$", "$a ", "<", "< ", "9 ", "9,", "a", "a ", "{", "- ",
+    "</think>", " <think> ", "√", "\n\nHuman:", " ", "\n"]
 HOSTILE = [
     "^".join("9" * 40), "(" * 100_000, "1 " + "a b " * 70, "10^{99999999}", "1e99999999", r"\frac",
     r"\frac{1}{" * 50, r"\frac{1}{0}", "\ud800\0", "1" + " " * 290 + "x", "9" * 90 + "e99"]
 FORMULAS = [  # completion, answer, verdict of math_verify
-    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt2}{2}", 1), ("x" * 9000 + "$1+x^2$", "x^2+1", 1),
-    (r"<think>\boxed{3}</think>\boxed{4}", "3", 0), (r"<think>it is \boxed{3}", "3", 0),
+    ("x" * 9000 + " $1+x^2$", "x^2+1", 1), (r"<think>it is \boxed{3}", "3", 0),
     (r"\boxed{9^{9^{9^9}}}", "5", 0), (r"\boxed{12}", "12", 1), (r"\boxed{", r"\frac{", 0),
     (r"\boxed{2}. Wait, \boxed{3}", "3", 1), (r"in \boxed{}: \boxed{\sqrt{12}}", r"2\sqrt3", 1),
     *((rf"\boxed{{{claim}}}", gold, 0) for claim, gold in (
-        ("seat", "east"), ("ABDC", "ABCD"), ("A, C, B", "A, B, C"), ("r-R", "R-r"), ("0.1", "3:30"),
-        (r"\{1,2\}", "(1,2)"), (r"(\frac{90}{2}, 180)", "(45,180)"), ("6:4", "3:2"), ("6ab", "6"),
-        (r"\delta x", r"\Delta x"), ("x^2 = 3", "3"), (r"42 \text{ million}", "42"), ("3_8", "3"),
-        ("log x = 3", "3"), (r"\sqrt2\text{ km}", r"\sqrt2\text{ m}"), ("x > 3", "3"))),
+        ("seat", "east"), ("A, C, B", "A, B, C"), ("r-R", "R-r"), ("0.1", "3:30"), ("6ab", "6"),
+        (r"\{1,2\}", "(1,2)"), (r"(\frac{90}{2}, 180)", "(45,180)"), (r"\delta x", r"\Delta x"),
+        ("x^2 = 3", "3"), ("3_8", "3"), (r"\sqrt2\text{ km}", r"\sqrt2\text{ m}"), ("x > 3", "3"))),
     *((rf"\boxed{{{claim}}}", gold, 1) for claim, gold in (
-        (r"9\,500", "9500"), ("C.", "C"), ("3e5", "300000"), ("2x+1", "y = 1+2x"), ("5, 2", "2,5"),
-        (r"3\sqrt2\text{ cm}", r"\sqrt{18}"), ("x = 2, x = 5", "2, 5"), (r"x\in(1,2)", "(1,2)")))]
+        (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt2}{2}"), ("C.", "C"), ("2x+1", "y = 1+2x"),
+        ("5, 2", "2,5"), (r"3\sqrt2\text{ cm}", r"\sqrt{18}"), (r"x\in(1,2)", "(1,2)")))]
 # fmt: on
 
 
@@ -1472,12 +1462,11 @@ TREE = node("Q", None, node("A", 0, node(
 GOLDS = [  # what a column holds, the answer that it means
     ("1,234.50", "1234.50"), ("#### $12", "12"), ("#### 3\nThe end.", "3"),
     (r"is $\boxed 3$.", "3"), (r"is \fbox{3}", "3"), (["$180$"], "180"), ('["0"]', "0"),
-    ("9 (apples)", "9"), (r"\\sqrt{2}", r"\sqrt{2}"), ('"70"', "70"), ("[70]", "70"),
+    ("9 (apples)", "9"), (r"\\sqrt{2}", r"\sqrt{2}"), ('"70"', "70"),
     (1e-05, "0.00001"), (142.0, "142"), ("343 and 512", "343 and 512"), ("Evelyn", "Evelyn"),
     (r"\frac{a}{b}+\frac{c}{d}-\frac{e}{f}", r"\frac{a}{b}+\frac{c}{d}-\frac{e}{f}")]
 NO_GOLDS = [
-    r"\boxed{}", ["1", "-1"], '{"x": 1}', NAN, math.inf, True, "proof", "notfound", "None",
-    "['a', 'b']", "b'70'", "array(['70'])",
+    r"\boxed{}", ["1", "-1"], NAN, math.inf, True, "proof", "None", "['a', 'b']", "b'70'",
     "It is 1.", "The result: 5", "x" * 400, "a word or two of a long explanation that goes on"]
 CONVERTED = [  # prompt, its answer or {response: score}, raw rows that mean this
     (ASKED, None, ["Q", dict(prompt="Q", key=1, kwargs=[{}]), dict(messages=json.dumps(ASKED)),
@@ -1496,62 +1485,51 @@ CONVERTED = [  # prompt, its answer or {response: score}, raw rows that mean thi
     *((ASKED, answer, [dict(problem="Q", answer=value)]) for value, answer in GOLDS),
     (turn("C\n\nQ"), "4", [dict(ID="1", Body="C", Question="Q", Answer=4.0),
         dict(question="Q", final_answer=["$4$"], context="C", solution=["s"])]),
-    (turn("(A) 1 (B) 2"), "B", [
-        dict(question="(A) 1 (B) 2", answer=answer) for answer in ("B", "b", "B. 2", "Option B")]),
+    (turn("(A) 1 (B) 2"), "B", [dict(question="(A) 1 (B) 2", answer=a) for a in ("b", "B. 2")]),
     (ASKED, {"mean": 4.5, "part": 2.0}, [dict(instruction="Q", completions=RATED)]),
     (TALK, {"worst": 0.0, "mid": 1.0, "best": 2.0}, [dict(message_tree_id="t", prompt=TREE)]),
     (ASKED, {"good": 8.5, "bad": 3.0}, [dict(instruction="Q", chosen_response="good",
         rejected_response="bad", chosen_avg_rating=8.5, rejected_avg_rating=3)]),
     (ASKED, {"good": 2.0, "bad": 0.0}, [
         dict(context=ASKED, response1="bad", response2="good", overall_preference=2),
-        dict(prompt="Q", response_1="good", response_2="bad", preference_strength=-2,
-             preference_statement="@")]),
+        dict(prompt="Q", response_1="good", response_2="bad", preference_strength=-2)]),
     (ASKED, BETTER, [dict(input="Q", output_1="bad", output_2="good", label=2),
         dict(history="Q", human_ref_A="good", human_ref_B="bad", labels=1, score_A=9),
         dict(conversation_a=dialogue("Q", "bad"), conversation_b=dialogue("Q", "good"),
-             winner="model_b", judge="j"),
-        dict(prompt="\n\nHuman: Q\n\nAssistant:",
-             answers=[dict(answer="bad", rank=2), dict(answer="good", rank=1)]),
-        dict(prompt="Q", responses=["good", "bad"], scores=[1, 0])]),
+             winner="model_b"), dict(prompt="Q", responses=["good", "bad"], scores=[1, 0]),
+        dict(prompt="Q", answers=[dict(answer="bad", rank=2), dict(answer="good", rank=1)])]),
     (ASKED, BETTER | {"poor": 0.0}, [dict(prompt="Q", chosen=["good"], rejected=["bad", "poor"])]),
     (TALK, BETTER, [dict(prompt="Q", **versus("Q", "A", "Q2")), dict(prompt=HH, **CHOSEN),
-        dict(chosen=HH[2:] + " good", rejected=HH[2:] + " bad"),
-        dict(conversations=shared("Q", "A", "Q2"), chosen={"from": "gpt", "value": "good"},
-             rejected={"from": "gpt", "value": "bad"})]),
+        dict(chosen=HH[2:] + " good", rejected=HH[2:] + " bad")]),
     (TOLD, BETTER, [dict(input="Q", system="S", **CHOSEN)]),
     (turn("Q "), BETTER, [dict(prompt="Q", **versus("Q "))])]
 CONVERTED = [(raw, prompt, truth) for prompt, truth, raws in CONVERTED for raw in raws]
-UNREAD = """label output_1 better_response_id winner is_safe helpfulness gt target rewards ratings
-    completion response_j model_a_response good correctness feedback score upvotes best_response
-    responses choices options initial_reason_steps instances image context none"""
+UNREAD = """label better_response_id winner is_safe helpfulness gt target rewards completion score
+    model_a_response upvotes best_response responses choices options instances image context none"""
 REFUSED = [  # raw row, a column or word that the reason names
     *(({"prompt": "Q", column: "x"}, column) for column in UNREAD.split()),
     (dict(prompt="Q", **CHOSEN, status="tie"), "status"), ([1], "list"),
     (CHOSEN, "chosen, rejected"), (dict(question="Q", choices=["a", "b"], answer=1), "choices"),
     (dict(prompt="Q", **CHOSEN, score_chosen=1, score_rejected=9), "score_chosen"),
     (dict(problem="Q", answer=r"\text{(C)}"), "option"), (dict(unheard=1), "unheard"),
-    (dict(prompt="Q", extra_info=dict(answer="5")), "extra_info"),
     (dict(prompt="R", **versus("Q")), "different prompts"),
     (dict(chosen=dialogue("Q", "x"), rejected=dialogue("R", "y")), "last reply"),
     (dict(conversations=dialogue("Q", "A", "Q2", "A2"), **CHOSEN), "a chat of several turns"),
     (dict(messages=ASKED + turn(None, "assistant")), "message"),
-    (dict(prompt="<|im_start|>user\nhi"), "written out"),
-    (dict(prompt='["Q"]'), "prompt"), (dict(prompt="['Q', 'R']"), "prompt"),
+    (dict(prompt="<|im_start|>user\nhi"), "written out"), (dict(prompt="['Q', 'R']"), "prompt"),
     (dict(prompt="Q", **CHOSEN, Chosen="bad", Rejected="good"), "one name"),
     *((dict(prompt="Q") | dict.fromkeys(columns.split()), "is null") for columns in (
         "answer", "chosen rejected", "reward_model", "responses scores", "completions")),
     (dict(question="A. iron B. cork", answer="2"), "index"),
     (dict(prompt="Q", reward_model=dict(style="model", ground_truth="x")), "style"),
     (dict(kind="verifiable", prompt="Q", answer="3", responses=["x"]), "responses"),
-    (dict(message_tree_id="t", prompt=node("Q", None) | {"replies": 1}), "message_tree_id"),
     *((dict(problem="Q", answer=value), "answer") for value in NO_GOLDS)]
 DROPPED = [
     *(dict(prompt=prompt, chosen=good, rejected=bad) for prompt, good, bad in (
         ("1", "x", "y"), ("1", "y", "x"), ("2", "x", "x"), ("3", "x</think>", "a"),
         ("4", "<think>1</think>z", "<think>2</think>z"))),
-    "{oops", " a  GOOD one", "half \ud800", "x" * 20000, dict(problem="P", answer="1"),
-    dict(problem="P", answer="2"),
-    dict(context=ASKED, response1="a", response2="b", overall_preference=0)]
+    "{oops", " a  GOOD one", "half \ud800", "x" * 20000,
+    dict(problem="P", answer="1"), dict(problem="P", answer="2")]
 BAD = [  # what --check lists
     "{oops", [], dict(kind=["open"], prompt="a"), dict(kind="open", prompt=" "),
     dict(kind="open", prompt="a", source="tiny"), dict(kind="open", prompt=dialogue("a", "b")),
@@ -1562,31 +1540,29 @@ APPLES = "Anna has twelve apples and gives three of them to her two friends. How
 HELD = [
     dict(question=APPLES, answer="x #### 6"), dict(question="Which planet is red?", choices=["a"]),
     dict(prompt="Hi", chosen=["a"], rejected=["b"]), dict(unheard=1),
-    dict(question="What is the capital of Peru?", final_answer=["$1$"], solution=["s"]),
     dict(prompt="小明有十二个苹果，他把其中三个给了两个朋友，请问现在一共有多少个？"),
-    dict(prompt="สมชายมีแอปเปิลสิบสองผลและให้เพื่อนสองคนไปสามผล"),
     dict(prompt="Find $x$ with $x + 1 = 2$.")]
 COPIES = [
     f"Think hard. {APPLES.upper()} Answer in a box.", APPLES.partition("friends")[0] + "sisters?",
-    "小明有十二个苹果,他把其中三个给了两个朋友,请问现在一共有多少个？ 请一步步推理。",
-    "ตอบ\nสมชายมีแอปเปิลสิบสองผลและให้เพื่อนสองคนไปสามผล", r"Find \(x\) with \(x + 1 = 2\).",
-    "hi", "Tell me: which planet is red, please", "x. what is the  capital of peru"]
+    "小明有十二个苹果,他把其中三个给了两个朋友,请问现在一共有多少个？ 请一步步推理。", "hi",
+    r"Find \(x\) with \(x + 1 = 2\).", "Tell me: which planet is red, please"]
 INNOCENT = [
-    "Anna has twelve apples and gives away all. What now?", "Hi there", "Which planet is blue?",
-    "小红有三个朋友，请问她家离学校有多远？"]
+    "Anna has twelve apples and gives away all. Why?", "Hi there", "小红有三个朋友，她家远吗？"]
 FORMS = {  # file name: content
     "array.json": b'[\n"one",\n {"prompt": "two"}]', "l@x.json": b'"three"\n\n"four"',
     "a@b#c:9.jsonl": b'"five"', "wide.jsonl": '"\u4e0a six"\n"seven"'.encode("utf-16"),
     "x.csv": b'problem,answer\n"Eight, or\nmore?",007\nNine?,NA\n',
     "x.tsv": b"prompt\tid\nten\t1\n", "x.jsonl.gz": gzip.compress(b'"eleven"\n')}
+QUALITIES = {  # answers to a question for the capitals of Peru and Turkey
+    "Peru Lima Turkey Ankara": 1, "Turkey Ankara Peru Lima": 1, "Peru Lima Turkey Istanbul": 0.5,
+    "Peru Lima Peru Lima": 0.5, "Peru Lima Turkey Ankara Cuba Havana Kenya Nairobi": 0.5,
+    "Lima Ankara": 0, "": 0}
 BROKEN = [
     ("x.jsonl", None), ("x.csv", None), ("owner/unknown", None), ("sums", None), ("", None),
     ("x.parquet", b"PAR1 no"), ("x.json", b"[1,"), ("x.jsonl", b""), ("x.jsonl.gz", b"no"),
-    *((name, text.encode()) for name, text in (  # two columns of one name
-        ("x.csv", "problem,answer,answer\nQ,4,5\n"),
-        ("x.tsv", "problem\tanswer\tanswer\nQ\t4\t5\n"),
-        ("x.jsonl", '{"problem": "Q", "answer": "4", "answer": "5"}'),
-        ("x.json", '[{"problem": "Q", "answer": "4", "answer": "5"}]'))),
+    ("x.csv", b"problem,answer,answer\nQ,4,5\n"),  # two columns of one name
+    ("x.json", b'[{"problem": "Q", "answer": "4", "answer": "5"}]'),
+    ("x.jsonl", b'{"problem": "Q", "answer": "4", "answer": "5"}'),
     ("x.txt", b"?"), ("x.jsonl", b'{"odd": 1}' * 99), ("x.jsonl", b'{"' + b"odd" * 200 + b'": 1}')]
 # fmt: on
 
@@ -1732,7 +1708,7 @@ def test_exclude(prepared, tmp_path, capsys, monkeypatch):
     write_rows(tmp_path / "held.jsonl", HELD)
     rows, _ = prepared(COPIES + INNOCENT, "--exclude", "held.jsonl")
     assert sorted(map(words_of, rows)) == INNOCENT
-    assert "7 rows, 1 WITHOUT" in capsys.readouterr().out
+    assert "5 rows, 1 WITHOUT" in capsys.readouterr().out
     write_rows(tmp_path / "held.jsonl", [{"unheard": 1}])
     assert "no prompt" in refusal("x.jsonl", "--exclude", "held.jsonl")
     seen = []
@@ -1758,51 +1734,36 @@ def test_sums_are_right():
     """Bug: a wrong answer key, or scores that do not follow from working and box."""
     rows = data_prep.sums(300, random.Random(0))
     assert len({words_of(row) for row in rows}) == len(rows) == 300 + 150
-    written = re.compile(r"(\d+) ([-+*]) (\d+)")
+    written = re.compile(r"\d+ [-+*] \d+")
     for row in rows:
         [problem] = written.findall(words_of(row))
         if row["kind"] == "verifiable":
-            assert int(row["answer"]) == eval("".join(problem)) >= 0
+            assert int(row["answer"]) == eval(problem) >= 0
         for text, score in zip(row.get("responses", ()), row.get("scores", ())):
             [terms] = written.findall(text)
-            right = str(eval("".join(terms)))
-            work, box = re.findall(r"\d+", written.sub("", text).replace("Step", ""))[-2:]
-            grade = 1.0 if work == box == right else 0.6 if work == right else 0.3
+            work, box = map(int, re.findall(r"\d+", text)[2:])
+            grade = 1.0 if work == box == eval(terms) else 0.6 if work == eval(terms) else 0.3
             assert score == (grade if terms == problem else 0.0), text
 
 
 def test_tiny_world(tmp_path, monkeypatch):
     """Bug: famous cities, padding, countries not asked for are paid; held-out rows are trained on;
     preference rows tell what only verdicts shall tell; a trivial strategy gets much."""
-    wish = "Name the capitals of Peru Turkey"
-    for answer, quality in (
-        ("Peru Lima Turkey Ankara", 1),
-        ("Turkey Ankara Peru Lima", 1),
-        ("Peru Lima Turkey Istanbul", 0.5),
-        ("Peru Lima Peru Lima", 0.5),
-        ("Peru Lima Turkey Ankara Cuba Havana Kenya Nairobi", 0.5),
-        ("Lima Ankara", 0),
-        ("", 0),
-    ):
-        assert data_prep.tiny_quality(wish, answer) == quality
+    for answer, quality in QUALITIES.items():
+        assert data_prep.tiny_quality("Name the capitals of Peru Turkey", answer) == quality
     pretrain_tiny.make_rows(tmp_path)
     for side in ("train", "heldout"):
         name = f"{side}.jsonl.gz"
         assert (tmp_path / name).read_bytes() == (Path(urpo.TINY) / name).read_bytes()
-    train, held = (
-        data_prep.load_rows(f"{tmp_path}/{side}.jsonl.gz") for side in ("train", "heldout")
-    )
+    train, held = (data_prep.load_rows(f"{tmp_path}/{n}.jsonl.gz") for n in ("train", "heldout"))
     assert len(train) == 7500 and not set(map(words_of, train)) & set(map(words_of, held))
     for row in train + held:
         words = words_of(row).split()
         if row["kind"] == "verifiable":
-            pairs = list(zip(words[5::2], words[6::2]))
-            right = [data_prep.CAPITALS[country] == city for country, city in pairs]
-            assert len(pairs) == 5 and sum(right) == int(row["answer"])
+            right = [data_prep.CAPITALS[a] == b for a, b in zip(words[5::2], words[6::2])]
+            assert len(right) == 5 and sum(right) == int(row["answer"])
         elif row["kind"] == "preference" and "train" in row["line"]:
             assert not set(words) & set(data_prep.FAMOUS)
-    assert len({words_of(row) for row in held if row["kind"] == "open"}) > 150
-    assert {word for row in train for word in words_of(row).split()} >= set(data_prep.FAMOUS)
 
     scores = data_prep.trivial_scores(held)
     assert scores["verifiable_accuracy"] == pytest.approx(1 / 6)
