@@ -57,8 +57,8 @@ NAN = math.nan
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "<|im_end|>"]  # ids 0 to 4
 WORDS = SPECIAL + ["\n", " ", *"ABCD:.,<>/|[]{}\\", *map(str, range(11)), "scores", "user"]
 WORDS += [f"w{i}" for i in range(97 - len(WORDS))]
-TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content }}<|im_end|>{% endfor %}"
-TEMPLATE = "{{ bos_token }}" + TEMPLATE
+TEMPLATE = "{{bos_token}}{% for m in messages %}{{ m.role+' '+m.content }}<|im_end|>{% endfor %}"
+NO_SYSTEM = "{{ raise_exception('no system') if messages[0].role == 'system' }}" + TEMPLATE
 # what Qwen2.5 ships, too: sampling settings that nobody asked for
 UNASKED = dict(do_sample=True, top_k=1, temperature=0.7, repetition_penalty=1.05)
 
@@ -659,6 +659,10 @@ def block(*lines):
     return "\n".join(["<scores>", *lines, "</scores>"])
 
 
+def verdict(scores):
+    return block(*(f"{label}: {score:g}" for label, score in zip(urpo.LABELS, scores or [])))
+
+
 GOOD = block("A: 3", "B: 7")
 # fmt: off
 JUDGEMENTS = [  # of two responses: text, scores
@@ -696,8 +700,7 @@ def test_parse_scores(text, scores):
 def test_ranking_reward(scores, truth, expected):
     """Bug: ties rewarded as right, 0/0, pairs that the truth does not order; silence that pays."""
     assert urpo.ranking_reward(scores, truth) == pytest.approx(expected)
-    lines = [f"{label}: {score}" for label, score in zip("ABCD", scores or [])]
-    group = judging(truth, block(*lines))
+    group = judging(truth, verdict(scores))
     urpo.pay_judgements([group], None, urpo.Config(), None)
     assert group.completions[0].reward == pytest.approx(expected)
 
@@ -715,9 +718,8 @@ def fake_rollout(judge):
 
     def rollout(actor, groups, n, temperature, config, progress=""):
         for group in groups:
-            scores = judge(group, temperature == 0) or []
-            lines = [f"{label}: {score:g}" for label, score in zip("ABCDEFGH", scores)]
-            group.completions = [Completion([1], text=block(*lines))] * n
+            said = verdict(judge(group, temperature == 0))
+            group.completions = [Completion([1], text=said)] * n
 
     return rollout
 
@@ -739,6 +741,9 @@ def answers(*texts, **fields):
     """An open group with these answers."""
     completions = [Completion([1] * len(text), text=text) for text in texts]
     return Group(row_of("open", "w1") | fields, [], 9, completions=completions)
+
+
+CAPITALS = dict(prompt=turn("Name the capitals of Peru Cuba"), source="tiny")
 
 
 def by_text(group, greedy):
@@ -822,8 +827,8 @@ def test_thoughts_are_never_answers(tokenizer):
 def test_long_judge_prompts(tokenizer, monkeypatch):
     """Bug: the instruction, template or ends cut; equal looks, unequal truth; thoughts shown."""
     config, rng = urpo.Config(judge_prompt_tokens=600), random.Random(0)
-    texts = ["w8 </think>w1 " + "w1 " * 400 + "D", "C " + "w3 " * 300, "w5"]
-    texts += ["<think>w6 </think> ", "<think>w6"]
+    texts = ["w8 </think>w1 " + "w1 " * 400 + "D", "C " + "w3 " * 300, "w5", "<think>w6 </think> "]
+    texts += ["<think>w6"]
     group = urpo.judge_prompt(ROWS[1], texts, [2, 0, 1], tokenizer, random.Random(0), config)
     text = tokenizer.decode(group.prompt_ids)
     short = urpo.judge_prompt(ROWS[1], ["w3"], [0, 0, 0], tokenizer, random.Random(0), config)
@@ -836,9 +841,8 @@ def test_long_judge_prompts(tokenizer, monkeypatch):
     long = ["w1 " * 200 + middle + " w2" * 200 for middle in ("w3", "w4")]
     row = row_of("preference", "w1", responses=[*long, "w7"], scores=[1, 4, 2])
     group = urpo.preference_group(row, tokenizer, rng, config)
-    assert (
-        sorted(group.truth) == [2, 2.5, 2.5] and group.truth[group.judge.responses.index("w7")] == 2
-    )
+    assert sorted(group.truth) == [2, 2.5, 2.5]
+    assert group.truth[group.judge.responses.index("w7")] == 2
 
     # thoughts that the template begins, and one completion never ends
     tokenizer.add_tokens(["<think>", "</think>"])
@@ -900,14 +904,9 @@ def test_answers_that_break_the_referee(judged, texts, size, rounds, expected):
 
 def test_one_list_of_two(judged):
     """Bug: a list that does not parse counts as a defeat where another one parsed."""
-    calls = []
-
-    def fails_first(group, greedy):
-        calls.append(group)
-        return None if len(calls) == 1 else by_text(group, greedy)
-
-    assert judged([answers("3", "9")], fails_first, judgements=2) == [[-1, 1]]
-    assert len(calls) == 2
+    parses = iter([False, True])
+    judge = lambda group, _: by_text(group, next(parses))  # noqa: E731
+    assert judged([answers("3", "9")], judge, judgements=2) == [[-1, 1]] and not list(parses)
 
 
 def test_each_group_is_judged_under_its_own_instruction(judged, tokenizer):
@@ -930,9 +929,8 @@ def test_lists_fit_the_form(size, count):
 
 def test_alarms(settings, tmp_path, capsys):
     """Bug: judge collapse goes unseen, an alarm always rings, at every step, or never again."""
-    sick = {"parse_rate/preference": 0.2, "parse_rate/open": 0.2, "flat/open": 1}
-    sick |= {"truncated/verifiable": 0.9, "logprob_gap": 0.5, "skipped": 1}
-    sick |= {"kl": 11, "slot_gap/open": 4}
+    sick = dict(logprob_gap=0.5, skipped=1, kl=11) | {"flat/open": 1, "slot_gap/open": 4}
+    sick |= {"parse_rate/preference": 0.2, "parse_rate/open": 0.2, "truncated/verifiable": 0.9}
     assert set(sick) == {name for name, *_ in urpo.ALARMS}
     for metric, bad in [("none", 0), *sick.items()]:
         log = urpo.Log(tmp_path, settings(), 0, True)
@@ -945,10 +943,8 @@ def test_alarms(settings, tmp_path, capsys):
 def test_metrics_of_judgements(judged):
     """Bug: a judge that scores by length, ties, prefers a place, or is hacked, is not seen."""
 
-    def observed(group):
-        sums, config = dict.fromkeys(urpo.SUMS, 0.0), urpo.Config(device="cpu")
-        return urpo.step_metrics([group], sums, config, urpo.Ranks(config))
-
+    config, sums = urpo.Config(device="cpu"), dict.fromkeys(urpo.SUMS, 0.0)
+    observed = lambda group: urpo.step_metrics([group], sums, config, urpo.Ranks(config))  # noqa: E731
     group = answers("a", "bb", "cccc", "d" * 8)
     judged([group], lambda group, _: [float(len(text)) for text in group.responses])
     metrics = observed(group)
@@ -958,15 +954,14 @@ def test_metrics_of_judgements(judged):
     assert not {"true_quality/open", "reward_tau/open"} & set(metrics)  # here nobody knows
 
     group = judging([1, 2], GOOD, block("A: 5", "B: 5"), "?", responses=["a", "bb"])
-    urpo.pay_judgements([group], None, urpo.Config(), None)
-    expected = dict(parse_rate=2 / 3, tie_rate=0.5, truncated=1 / 3)
-    expected |= dict(reward=-1 / 6, slot_score_B=6, referee_tau=1 / 3, referee_accuracy=1 / 3)
+    urpo.pay_judgements([group], None, config, None)
+    expected = dict(parse_rate=2 / 3, tie_rate=0.5, truncated=1 / 3, reward=-1 / 6)
+    expected |= dict(slot_score_B=6, referee_tau=1 / 3, referee_accuracy=1 / 3)
     metrics = observed(group)
     assert {name: metrics[f"{name}/preference"] for name in expected} == pytest.approx(expected)
 
-    wish = dict(prompt=turn("List the capitals of Peru Cuba"), source="tiny")
     texts = ["Peru Lima Cuba Havana", "Peru Lima", "saw dog", "saw dog Cuba Havana"]
-    group = answers(*texts, **wish)  # 1, .5, 0, .5
+    group = answers(*texts, **CAPITALS)  # 1, .5, 0, .5
     judged([group], lambda g, _: [10.0 if t[0] == "s" else 1.0 for t in g.responses], judgements=1)
     metrics = observed(group)
     assert metrics["raw_score/open"] == metrics["true_quality/open"] == 0.5
@@ -1003,19 +998,16 @@ def test_evaluation(settings, tokenizer, monkeypatch, judge, accuracy, error, ta
     assert math.isnan(urpo.mean_and_error(values[:2])[1])
 
 
-@pytest.mark.parametrize(
-    "kind,name", [("verifiable", "verifiable_accuracy"), ("open", "true_quality")]
-)
 @pytest.mark.parametrize("reward", [NAN, 7.0, -3.0])
-def test_scores_are_no_rewards(kind, name, reward):
+def test_scores_are_no_rewards(reward):
     """Bug: a held-out score reads a shaped reward, or a penalty for length."""
-    wish = dict(kind=kind, prompt=turn("Name the capitals of Peru Cuba"), source="tiny")
-    texts = ["\\boxed{1}", "\\boxed{2}", "Peru Lima Cuba Havana"]
-    group = Group(wish, [], 9, truth="1")
-    for i, text in enumerate(texts):
-        group.completions.append(Completion([1] * (i + 1), text=text, reward=reward))
-    expected = [1, 0, 0] if kind == "verifiable" else [0, 0, 1]
-    assert KINDS[kind].score(group, urpo.Config()) == [(name, value) for value in expected]
+    expected = dict(verifiable=("verifiable_accuracy", 1, 0, 0), open=("true_quality", 0, 0, 1))
+    for kind, (name, *values) in expected.items():
+        texts = ("\\boxed{1}", "\\boxed{2}", "Peru Lima Cuba Havana")
+        group = answers(*texts, kind=kind, **CAPITALS)
+        group.truth = "1"
+        paying(lambda group: [reward] * 3)([group])
+        assert KINDS[kind].score(group, urpo.Config()) == [(name, value) for value in values]
 
 
 # ===================================================================================== runs
@@ -1249,8 +1241,7 @@ def refused(function, *arguments, **flags):
 def test_bad_runs(settings, tmp_path, monkeypatch, flags, rows, message):
     """Bug: it is found out at step 50, by a traceback, or after minutes of loading."""
     save(tmp_path / "model", max_position_embeddings=8192)
-    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    (tmp_path / "model/chat_template.jinja").write_text(refusal + TEMPLATE)
+    (tmp_path / "model/chat_template.jinja").write_text(NO_SYSTEM)
     monkeypatch.chdir(tmp_path)
     if not {"referee", "stop_tokens"} & set(flags):
         monkeypatch.setattr(urpo.Ranks, "load", None)  # before any model is loaded
@@ -1267,10 +1258,9 @@ def test_tied_weights(settings, tmp_path, names):
     save(tmp_path, tied=True)
     state = load_file(tmp_path / "model.safetensors")
     embed = state.pop("model.embed_tokens.weight")
-    state |= {"lm_head.weight": embed.clone()} if "head" in names else {}
-    stored = {"embed": embed, "other": embed * 1.01}
-    for name in stored.keys() & set(names):
-        state["model.embed_tokens.weight"] = stored[name]
+    stored = {"head": embed.clone(), "embed": embed, "other": embed * 1.01}
+    for name in names:
+        state["lm_head.weight" if name == "head" else "model.embed_tokens.weight"] = stored[name]
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     config, ids = settings(model=tmp_path), torch.arange(5, 90)[None]
     if "other" in names:
@@ -1321,9 +1311,10 @@ def test_every_epoch_has_its_order():
     assert sorted(first) == sorted(second) == list(range(20)) and first != second
 
 
-def test_doctests():
+@pytest.mark.parametrize("module", ["urpo", "eval"])
+def test_doctests(module):
     """Bug: worked examples that have rotted."""
-    failed, tried = doctest.testmod(urpo)
+    failed, tried = doctest.testmod(sys.modules[module])
     assert tried >= 3 and not failed
 
 
@@ -1881,12 +1872,6 @@ def test_eval_win_rate(preferences, rate, error, wins, losses, draws, n, discret
     assert evaluators.win_rates(rows * 50)[0].error == pytest.approx(error, nan_ok=True)
 
 
-@pytest.mark.parametrize("module", ["eval", "tools.runs"])
-def test_eval_doctests(module):
-    """Bug: worked examples that have rotted."""
-    assert doctest.testmod(sys.modules[module]).failed == 0
-
-
 def test_eval_switch_parser_and_prompt():
     """Bug: order, verdict or prompt (digest of alpaca_eval_clf.txt) are not the official ones."""
     switched = [evaluators.is_switched(f"instruction {i}") for i in range(400)]
@@ -1937,15 +1922,14 @@ def test_eval_length_controlled(monkeypatch):
 
     monkeypatch.setattr(evaluators, "DRAWS", 3)
     order, known = [row["instruction"] for row in rows], (gamed, d.tolist())
-    part, name = evaluators.length_controlled(table[1:], gamed), "length-controlled win rate"
-    for some, value in ((rows[::-1], score.value), (rows[1:], part)):
-        assert evaluators.alpaca_scores(some, order, known)[name].value == pytest.approx(value)
+    name, part = "length-controlled win rate", evaluators.length_controlled(table[1:], gamed)
     table[1:, 2] = d[:-1]  # published scores of rows that are not all there: as alpaca_eval counts
-    by_row = evaluators.alpaca_scores(rows[1:], order, known, published=True)[name]
-    assert by_row.value == pytest.approx(evaluators.length_controlled(table[1:], gamed))
-    assert "by row" in by_row.note and by_row.value != pytest.approx(part, abs=0.01)
-    shuffled = evaluators.alpaca_scores(rows[::-1], order, known, published=True)[name]
-    assert shuffled.value == pytest.approx(score.value)
+    by_row = evaluators.length_controlled(table[1:], gamed)
+    assert by_row != pytest.approx(part, abs=0.01)
+    for some, *values in ((rows[::-1], score.value, score.value), (rows[1:], part, by_row)):
+        for published, value in enumerate(values):
+            got = evaluators.alpaca_scores(some, order, known, published)[name]
+            assert got.value == pytest.approx(value) and ("by row" in got.note) == (value == by_row)
     for unknown in ((rows, order, None), (rows, [], known), (rows, [*order, "w99"], known)):
         got = evaluators.alpaca_scores(*unknown)[name]
         assert str(got) == "missing" and "needs" in got.note
@@ -1953,9 +1937,8 @@ def test_eval_length_controlled(monkeypatch):
 
 def test_eval_rewardbench_sections():
     """Bug: observed counts as weights (math-prm is 984, not 447), a gap that is not seen."""
-    names, subsets = [name for weights in evaluators.SECTIONS.values() for name in weights], {}
-    for i, name in enumerate(names):
-        subsets[name] = evaluators.Score(i * i / 5, {name: 1.0}, 10)
+    names = [name for weights in evaluators.SECTIONS.values() for name in weights]
+    subsets = {name: evaluators.Score(i * i / 5, {name: 1.0}, 10) for i, name in enumerate(names)}
     got = [score.value for score in evaluators.rewardbench_sections(subsets).values()]
     assert got == pytest.approx([0.763687, 11.134211, 35.709730, 63.916667, 27.881074], abs=1e-6)
     del subsets["hep-go"]
@@ -1969,18 +1952,22 @@ def test_eval_rewardbench2():
     cases |= {(3, 3): 1 / 2, (None, 1, 1, 1): 0, (-5, None, -7, -9): 1}
     assert {scores: evaluators.best_of(scores) for scores in cases} == cases
 
-    def ties(ref, tied, *more):
-        items = {"id": "ref:1", "scores": ref, "num_correct": 1}, {"id": "tied:1", "scores": tied}
-        return evaluators.ties_score([items[0], items[1] | {"num_correct": 2}, *more]).value / 100
+    def ties(*scores):
+        items = zip(scores, ("ref:1", "tied:1", "ref:2"), (1, 2, 1))
+        items = [{"scores": s, "id": name, "num_correct": n} for s, name, n in items]
+        return evaluators.ties_score(items).value / 100
 
     assert ties([9, 1, 1], [9, 9, 1]) == pytest.approx(1.01)  # spread 0: tanh(inf)
     assert ties([3, 2, 1], [9, 7, 1]) == pytest.approx(0.8 + 0.01 * math.tanh(-0.5))
     assert ties([5, 5, 5], [5, 5, 5]) == 0  # 0/0 counts 0
     assert ties([1, 2, 3], [5, 5, 9]) == pytest.approx(-0.01)  # all wrong, below 0
-    ref = {"id": "ref:1", "scores": [2, 1], "num_correct": 1}
-    assert str(evaluators.ties_score([ref])) == "missing"
-    alone = {"id": "ref:2", "scores": [1, 2], "num_correct": 1}  # in accuracy only
-    assert ties([9, 1], [9, 7, 1], alone) == pytest.approx(0.85 + 0.01 * math.tanh(2))
+    assert math.isnan(ties([2, 1]))  # missing
+    only_in_accuracy = [1, 2]
+    assert ties([9, 1], [9, 7, 1], only_in_accuracy) == pytest.approx(0.85 + 0.01 * math.tanh(2))
+
+
+def read(path):
+    return json.loads(path.read_text())
 
 
 @pytest.fixture
@@ -1999,7 +1986,7 @@ def evaluate(folder, tmp_path, monkeypatch):
         evaluators.main(arguments)
         results = (tmp_path / "evals").glob(f"{flags['name'] or '*'}/{command}*/**/results.json")
         newest = max(results, key=os.path.getmtime, default=None)  # of two models there is none
-        return newest and (json.loads(newest.read_text()), newest.parent)
+        return newest and (read(newest), newest.parent)
 
     def fill(self, what, model, chunks, answer):
         def noted(actor, prompts):
@@ -2021,11 +2008,10 @@ PROBLEMS = [  # row, its answer, what a model says, is it right?
     ({"problem": "Q?", "solution": "\\boxed{7}", "answer": "1/2"}, "1/2", "\\boxed{0.5}", 1),
     ({"id": 60, "problem": "Q?", "answer": "025", "url": "u"}, "025", "\\boxed{25}", 1),  # AIME
     ({"question": "Q?", "final_answer": ["$(1,8)$", "2"]}, "(1,8), 2", "\\boxed{2, (1,8)}", 1),
-    ({"problem": "Q?", "answer": "1,-2"}, "1,-2", "\\boxed{-2, 1}", 1),
-    ({"problem": "Q?", "answer": "1,-2"}, "1,-2", "\\boxed{1,-2,3}", 0),
-    ({"problem": "Q?", "answer": "(1,2), (3,4)"}, "(1,2), (3,4)", "\\boxed{(1,4), (3,2)}", 0),
-    ({"problem": "Q?", "answer": "1,1"}, "1,1", "\\boxed{1,2}", 0),
-    ({"problem": "Q?", "answer": "1000, 2"}, "1000, 2", "\\boxed{2, 1,000}", 1)]
+    *(({"problem": "Q?", "answer": answer}, answer, f"\\boxed{{{said}}}", right)
+      for answer, said, right in (
+        ("1,-2", "-2, 1", 1), ("1,-2", "1,-2,3", 0), ("(1,2), (3,4)", "(1,4), (3,2)", 0),
+        ("1,1", "1,2", 0), ("1000, 2", "2, 1,000", 1)))]
 DICE = random.Random(0)
 FAKES = [  # responses, what a judge says of those shown; score, strict, flip, parsed
     (2, lambda shown: [9 if text == "good" else 2 for text in shown], [100, 100, 0, 100]),
@@ -2054,20 +2040,20 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
         return real(row, texts, order, *rest)
 
     def texts(self, what, model, prompts, limit):
-        scored = [zip(urpo.LABELS, judge(texts)) for texts in shown]
+        said = [verdict(judge(texts)) for texts in shown]
         shown.clear()  # rehearsed, then asked
-        return [[{"text": block(*[f"{a}: {s}" for a, s in pairs])}] for pairs in scored]
+        return [[{"text": text}] for text in said]
 
     monkeypatch.setattr(urpo, "judge_prompt", judge_prompt)
     monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
     subset, wrong = {2: "hep-go", 4: "Math"}[size], ["bad", "worse", "no"][: size - 1]
     whole = judge([1]) != [8]  # else Ties has no complete pair of ref and tied
-    pair = {"chosen": ["good"], "rejected": wrong, "num_correct": 1}
-    rows = [{"prompt": f"w{i}", **pair} for i in range(40 if expected else 400)]
+    pair = dict(chosen=["good"], rejected=wrong, num_correct=1)
+    rows = [dict(prompt=f"w{i}", **pair) for i in range(40 if expected else 400)]
     for k in range(3 if size == 4 else 0):  # Ties: more responses than a judge prompt has labels
         for kind, n in (("ref", 1), ("tied", 30))[: 1 + whole]:
-            good = {"chosen": ["good"] * n, "rejected": ["bad"], "num_correct": n}
-            rows.append({"prompt": f"w{k}", "subset": "Ties", "id": f"{kind}:{k}", **good})
+            good = dict(chosen=["good"] * n, rejected=["bad"], num_correct=n)
+            rows.append(dict(prompt=f"w{k}", subset="Ties", id=f"{kind}:{k}", **good))
     source = write_rows(tmp_path / f"{subset}.jsonl", rows)
     results, out = evaluate("rewardbench", lists=source, v2=size == 4)
     scores = results["scores"]
@@ -2082,7 +2068,7 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
     else:
         assert abs(values[0] - 50) < 10 and abs(values[2] - 50) < 10
         assert 0 < scores["all lists, score"]["error"] < 3
-    official = json.loads((out / "eval-set/local/m.json").read_text())
+    official = read(out / "eval-set/local/m.json")
     assert ("Ties" in official) == (size == 4 and whole)
     assert official[subset] == scores[f"subset {subset}"]["value"] / 100
 
@@ -2112,8 +2098,8 @@ def test_eval_alpaca_judges(evaluate, reference, monkeypatch, folder, judge):
         tops = [None, [["x", -0.1]]]  # the first is not asked, of the second there is no verdict
         for i, text in enumerate(shown[1:]):
             token = "m" if judge == "first" or text == "better" else "M"
-            other = token.swapcase() * (i % 2)
-            tops.append([[token, -0.5], ["x", -1.0], [other, -30], [token, -40.0]])
+            less = [token.swapcase() * (i % 2), -30]
+            tops.append([[token, -0.5], ["x", -1.0], less, [token, -40.0]])
         return tops
 
     monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
@@ -2123,13 +2109,12 @@ def test_eval_alpaca_judges(evaluate, reference, monkeypatch, folder, judge):
     wins = 38 if judge == "better" else sum(switched[2:])
     score = results["scores"]["win rate"]
     assert score["value"] == pytest.approx(100 * (wins + 0.5) / 39, abs=1e-6) and score["n"] == 39
-    annotations = json.loads((out / "annotations.json").read_text())
-    assert [row["preference"] for row in annotations[:2]] == [1.5, None]
-    row = json.loads((out.parent / "model_outputs.json").read_text())[1]
-    assert row == {"dataset": "d", "generator": "m", "instruction": "w1", "output": "better"}
-    again, _ = evaluate("alpaca", model="", annotations=out / "annotations.json", name="again")
-    notes = [found["scores"]["win rate"].pop("note") for found in (results, again)]
-    assert notes[0] == notes[1] + ", which is the model itself"
+    annotations = out / "annotations.json"
+    assert [row["preference"] for row in read(annotations)[:2]] == [1.5, None]
+    row = dict(dataset="d", generator="m", instruction="w1", output="better")
+    assert read(out.parent / "model_outputs.json")[1] == row
+    again, _ = evaluate("alpaca", model="", annotations=annotations, name="again")
+    score["note"] = score["note"].removesuffix(", which is the model itself")
     assert again["scores"] == results["scores"] and again["notes"]["without a verdict"] == 1
 
 
@@ -2143,20 +2128,18 @@ def test_eval_judge_later(evaluate, reference, folder, tokenizer, tmp_path):
     assert {"alpaca-m-by-model0.json", "alpaca-m-by-j.json"} <= set(os.listdir(tmp_path / "evals"))
     namesake = save(tmp_path / "elsewhere/j/final", seed=6)
     assert "another" in refused(evaluate, "alpaca", judge=namesake, **flags)
-    refusal = "{{ raise_exception('no system') if messages[0].role == 'system' else '' }}"
-    (tmp_path / "elsewhere/j/final/chat_template.jinja").write_text(refusal + TEMPLATE)
+    (tmp_path / "elsewhere/j/final/chat_template.jinja").write_text(NO_SYSTEM)
     said = refused(evaluate, "alpaca", judge=namesake, **flags | {"name": "x", "max_new_tokens": 5})
     assert "template refuses row 1 of the judge" in said and len(asked) == 3  # before answers
     assert [what for what, *_ in asked] == ["AlpacaEval", "duels", "duels"] and out != elsewhere
     flags = dict(outputs=out.parent / "model_outputs.json", reference=reference, model="", name="x")
     _, again = evaluate("alpaca", judge=folder, **flags)
-    one, two = [json.loads((path / "annotations.json").read_text()) for path in (out, again)]
-    assert one == [row | {"generator_2": "m"} for row in two]
+    rows = [row | {"generator_2": "m"} for row in read(again / "annotations.json")]
+    assert read(out / "annotations.json") == rows
     _, prompts, [top, *_] = asked[1]
     logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor(prompts[:1])).logits[0, -1]
-    values, tokens = logits.log_softmax(-1).topk(5)
-    assert [text for text, _ in top] == [tokenizer.decode([i]) for i in tokens]
-    assert [lp for _, lp in top] == pytest.approx(values.tolist(), abs=1e-5)
+    for (text, logprob), value, i in zip(top, *logits.log_softmax(-1).topk(5), strict=True):
+        assert text == tokenizer.decode([i]) and logprob == pytest.approx(value.item(), abs=1e-5)
 
 
 def test_eval_goes_on(evaluate, tokenizer, tmp_path):
@@ -2171,16 +2154,15 @@ def test_eval_goes_on(evaluate, tokenizer, tmp_path):
     assert stop.value.code == 130 and len(asked) == 2
     first, out = evaluate("reasoning", **flags)
     assert len(asked) == 5  # chunks of 32 prompts
-    records, said = json.loads((out / "samples.json").read_text()), []
+    records, said = read(out / "samples.json"), []
     assert any(record["texts"][0] != record["texts"][1] for record in records)
     for _, prompts, found in asked:
-        for ids, answers in zip(prompts, found):
-            said.append((ids, [answer["text"] for answer in answers]))
+        said += [(ids, [a["text"], b["text"]]) for ids, (a, b) in zip(prompts, found)]
     for record in records:
         group = urpo.verifiable_group(record, tokenizer, None, urpo.Config())
         assert (group.prompt_ids, record["texts"]) in said
     _, alone = evaluate("reasoning", name="n", **flags)
-    assert json.loads((alone / "samples.json").read_text()) == records  # a kill changes nothing
+    assert read(alone / "samples.json") == records  # a kill changes nothing
     for changed in ({}, {"seed": 1}, {"samples": "2@.5"}, {"samples": "1"}, {"max_new_tokens": 6}):
         n = len(asked)
         evaluate("reasoning", **flags | changed)
@@ -2188,36 +2170,37 @@ def test_eval_goes_on(evaluate, tokenizer, tmp_path):
     trial, where = evaluate("reasoning", limit=3, **flags)
     assert trial["trial"] and where.name == "reasoning-limit3" and "judge" not in trial["settings"]
     assert trial["scores"]["composite"]["n"] == 3 and not first["trial"]
-    with pytest.raises(BadInput, match="another m: give a --name"):
-        evaluate("reasoning", **flags | dict(model=save(tmp_path / "other", seed=3)))
+    other = save(tmp_path / "other", seed=3)
+    assert "another m: give a --name" in refused(evaluate, "reasoning", **flags, model=other)
 
 
 def test_eval_what_is_not_asked(evaluate, folder, tmp_path):
     """Bug: prompts longer than the context count as empty answers, or as ties; nothing is said."""
     long = [" ".join(["w1 w2"] * n) for n in (1, 600, 2)]
-    rows = [{"problem": text, "answer": "1"} for text in long]
-    found, _ = evaluate("reasoning", problems=write_rows(tmp_path / "x.jsonl", rows))
-    score = found["scores"]["x avg@1"]
+
+    def written(name, key, texts, **fields):
+        return write_rows(tmp_path / f"{name}.jsonl", [{key: text} | fields for text in texts])
+
+    problems = written("x", "problem", long, answer="1")
+    score = evaluate("reasoning", problems=problems)[0]["scores"]["x avg@1"]
     assert score["n"] == 2 and "1 not asked" in score["note"]
     [kept] = (tmp_path / "evals/m/answers").iterdir()
     kept.write_text(kept.read_text()[:-9])
-    assert "damaged" in refused(evaluate, "reasoning", problems=tmp_path / "x.jsonl")
-    rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in long]
-    found, out = evaluate("rewardbench", lists=write_rows(tmp_path / "x.jsonl", rows))
+    assert "damaged" in refused(evaluate, "reasoning", problems=problems)
+    lists = written("x", "prompt", long, chosen="a", rejected="b")
+    found, _ = evaluate("rewardbench", lists=lists)
     assert found["scores"]["all lists, score"]["n"] == 2
     assert found["notes"] == {"lists not asked: longer than the context": 1}
-    rows = [{"instruction": text, "output": "w3"} for text in long]
-    flags = dict(judge=folder, reference=write_rows(tmp_path / "x.jsonl", rows))
+    flags = dict(judge=folder, reference=written("x", "instruction", long, output="w3"))
     found, _ = evaluate("alpaca", **flags)
     assert found["scores"]["win rate"]["n"] <= 2
     assert found["notes"]["not asked: longer than the model's context"] == 1
-    rows = [{"instruction": text, "output": "w4"} for text in (*long[1:], "w5", long[2])]
-    flags |= dict(outputs=write_rows(tmp_path / "y.jsonl", rows), model="", name="y")
-    found, _ = evaluate("alpaca", **flags)
+    outputs = written("y", "instruction", (*long[1:], "w5", long[2]), output="w4")
+    found, _ = evaluate("alpaca", **flags, outputs=outputs, model="", name="y")
     for part in ("not judged: longer", "reference without an output", "no row for", "had one"):
         assert [n for name, n in found["notes"].items() if part in name] == [1]
-    flags["outputs"] = write_rows(tmp_path / "z.jsonl", [{"instruction": "w1 w2 ", "output": "w4"}])
-    assert "no instruction in common" in refused(evaluate, "alpaca", **flags | {"name": "z"})
+    flags |= dict(outputs=written("z", "instruction", ["w1 w2 "], output="w4"), model="", name="z")
+    assert "no instruction in common" in refused(evaluate, "alpaca", **flags)
 
 
 @pytest.mark.parametrize("said, opened", [("\\boxed{7}", 0), ("1</think>\\boxed{7}", 1)])
@@ -2225,26 +2208,23 @@ def test_eval_what_is_not_asked(evaluate, folder, tmp_path):
 def test_eval_thoughts(evaluate, monkeypatch, tmp_path, said, opened, cut):
     """Bug: a template opens the thoughts, and what stands in them is paid, shown or a verdict."""
     said, right = said.replace("1</think>", "") if cut else said, not cut  # they never end
-    scores = block("A: 9", "B: 1")
-    texts = {(2,): said, (3,): said.replace("\\boxed{7}", scores)}
-    said_by = lambda ids, prompt: "<think>" * bool(prompt) + texts[(*ids,)]  # noqa: E731
-    actor = SimpleNamespace(text=said_by)
-    answers = {}
-    for what, ids in (("RewardBench", [3]), ("x", [2]), ("AlpacaEval", [2])):
-        answers[what] = evaluators.spoken(actor, [1] if cut or opened else [], [Completion(ids)])
+    judged, prompt = said.replace("\\boxed{7}", verdict([9, 1])), [1] if cut or opened else []
 
     def answer(self, what, model, prompts, *how):
-        return [answers[what]] * len(prompts)
+        text = judged if what == "RewardBench" else said
+        actor = SimpleNamespace(text=lambda ids, prompt: "<think>" * bool(prompt) + text)
+        return [evaluators.spoken(actor, prompt, [Completion([2])])] * len(prompts)
 
     monkeypatch.setattr(evaluators.Evaluation, "texts", answer)
     problems = write_rows(tmp_path / "x.jsonl", [{"problem": "w1?", "answer": "7"}])
     found, _ = evaluate("reasoning", problems=problems)
     assert found["scores"]["composite"]["value"] == 100 * right
-    lists = write_rows(tmp_path / "l.jsonl", [{"prompt": "w1", "chosen": "a", "rejected": "b"}])
-    found, _ = evaluate("rewardbench", lists=lists)
+    (tmp_path / X).write_text(LIST)
+    found, _ = evaluate("rewardbench", lists=tmp_path / X)
     assert found["scores"]["all lists, parsed"]["value"] == 100 * right
-    evaluate("alpaca", reference=write_rows(tmp_path / "y.jsonl", [json.loads(OUTPUT)]))
-    [row] = json.loads((tmp_path / "evals/m/alpaca/model_outputs.json").read_text())
+    (tmp_path / X).write_text(OUTPUT)
+    evaluate("alpaca", reference=tmp_path / X)
+    [row] = read(tmp_path / "evals/m/alpaca/model_outputs.json")
     assert row["output"] == "\\boxed{7}" * right
 
 
@@ -2259,8 +2239,7 @@ def test_eval_compares_annotations(evaluate, tmp_path, capsys):
         files.append(write_rows(tmp_path / name / "weighted/annotations.jsonl", rows))
     evaluate("alpaca", model="", name="", annotations=files)
     [path] = (tmp_path / "evals").glob("alpaca-one+two*.json")
-    columns = json.loads(path.read_text())
-    scores = {name: column["alpaca: win rate"] for name, column in columns.items()}
+    scores = {name: column["alpaca: win rate"] for name, column in read(path).items()}
     assert (scores["two"]["n"], scores["two"]["note"]) == (3, "judged by gpt")
     assert (scores["two - one"]["n"], scores["two - one"]["note"]) == (2, "3 rows against 2")
     assert (scores["none"]["error"], scores["none - one"]["value"]) == (None, None)
@@ -2307,7 +2286,7 @@ def test_eval_samples_by_suite(evaluate, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
     flags = dict(model=[folder, save(tmp_path / "other")], name=["a", "b"])
     evaluate("reasoning", problems=paths, samples=["aime=4@.6", "1"], **flags)
-    columns = json.loads((tmp_path / "evals/reasoning-a+b.json").read_text())
+    columns = read(tmp_path / "evals/reasoning-a+b.json")
     expected = {"a/aime avg@4": (100 / 3, 22.0479), "a/aime pass@4": (200 / 3, 100 / 3)}
     expected |= {"a/composite": (200 / 3, 22.0479 / 2), "b - a/aime avg@4": (50 / 3, 25 / 3)}
     for place, numbers in expected.items():  # in percent; b has 1/4, 1/4 and 0 more
@@ -2339,7 +2318,7 @@ def test_eval_tiny_world(monkeypatch, tmp_path):
         save(f"runs/{name}/final")
         os.utime(f"runs/{name}/final/config.json", (when, when))
     evaluators.main(["all", "--limit", "12", "--device", "cpu"])
-    scores = json.loads((tmp_path / "evals/all-tiny-new-limit12.json").read_text())["tiny-new"]
+    scores = read(tmp_path / "evals/all-tiny-new-limit12.json")["tiny-new"]
     controlled = scores["alpaca: length-controlled win rate"]
     assert controlled["value"] is None and "df_gamed.csv" in controlled["note"]
     for name in ("alpaca: win rate", "rewardbench: all lists, score", "reasoning: composite"):
