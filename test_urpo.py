@@ -112,6 +112,7 @@ for k in range(12):
 
 
 def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -240,12 +241,10 @@ def test_sampler_and_trainer_agree(arch, tied):
         for prompt, limit, completions in zip(prompts, limits, out):
             assert len(completions) == 3
             heat = temperature or 1.0
-            packed = completion_logprobs(model, prompt, [c.ids for c in completions], heat)
-            for c, trained in zip(completions, packed):
+            for c in completions:
                 assert not set(c.ids[:-1]) & set(stops) and c.truncated == (c.ids[-1] not in stops)
                 assert len(c.ids) == limit or len(c.ids) < limit and not c.truncated
                 plain = plain_logprobs(model, prompt, c.ids, heat)
-                assert torch.allclose(c.sampled_logprobs, trained, atol=1e-4)
                 assert torch.allclose(c.sampled_logprobs, plain, atol=1e-4)
                 cold.append((plain_logprobs(model, prompt, c.ids) - plain).abs().max())
                 logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1]
@@ -267,12 +266,10 @@ def test_scores_and_softmax_are_float32(offset):
         layer.self_attn.q_proj.bias.data.view(-1, 16)[:, 7] += offset**0.5
         layer.self_attn.k_proj.bias.data.view(-1, 16)[:, 7] -= offset**0.5
     torch.manual_seed(0)
-    [prompt], gaps = prompts_of(40), []
+    [prompt] = prompts_of(40)
     [completions] = urpo.sample(model.bfloat16(), [prompt], 8, [24], 1.0, [3])
-    for c in completions:
-        [trained] = completion_logprobs(model, prompt, [c.ids])
-        gaps.append((trained - c.sampled_logprobs).abs())
-    assert torch.cat(gaps).mean() < 0.03
+    trained = torch.cat(completion_logprobs(model, prompt, [c.ids for c in completions]))
+    assert (trained - torch.cat([c.sampled_logprobs for c in completions])).abs().mean() < 0.03
 
     head, places = torch.nn.Linear(64, 5000, dtype=torch.bfloat16), torch.arange(8)
     out = SimpleNamespace(last_hidden_state=torch.randn(1, 8, 64).bfloat16() * 4)
@@ -308,11 +305,10 @@ def test_dropout_and_mode(settings, tmp_path):
         assert model.training and torch.equal(first, second)
     assert 1.2 < work[1] / work[0] < 4 / 3
     for training in (True, False):
-        model, found = tiny(attention_dropout=0.5).train(training), []
-        for _ in range(2):
-            [[completion]] = urpo.sample(model, prompts_of(4), 1, [6], 0, [3])
-            found.append(completion.sampled_logprobs)
-        assert torch.equal(*found) and model.training is training
+        model = tiny(attention_dropout=0.5).train(training)
+        [[one], [two]] = urpo.sample(model, prompts_of(4) * 2, 1, [6, 6], 0, [3])
+        assert torch.equal(one.sampled_logprobs, two.sampled_logprobs)
+        assert model.training is training
         assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -2032,7 +2028,8 @@ def test_eval_problems(tmp_path, row, answer, said, right):
 
 @pytest.mark.parametrize("size, judge, expected", FAKES)
 def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected):
-    """Bug: one order only, failures as ties, verdicts not turned back, orders that know it."""
+    """Bug: one order only, failures as ties, verdicts not turned back, orders that know it, thoughts
+    are verdicts."""
     shown, real = [], urpo.judge_prompt
 
     def judge_prompt(row, texts, order, *rest):
@@ -2042,7 +2039,7 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
     def texts(self, what, model, prompts, limit):
         said = [verdict(judge(texts)) for texts in shown]
         shown.clear()  # rehearsed, then asked
-        return [[{"text": text}] for text in said]
+        return [[{"text": f"<think>{GOOD}</think>{text}"}] for text in said]
 
     monkeypatch.setattr(urpo, "judge_prompt", judge_prompt)
     monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
@@ -2203,29 +2200,12 @@ def test_eval_what_is_not_asked(evaluate, folder, tmp_path):
     assert "no instruction in common" in refused(evaluate, "alpaca", **flags)
 
 
-@pytest.mark.parametrize("said, opened", [("\\boxed{7}", 0), ("1</think>\\boxed{7}", 1)])
-@pytest.mark.parametrize("cut", [0, 1])
-def test_eval_thoughts(evaluate, monkeypatch, tmp_path, said, opened, cut):
-    """Bug: a template opens the thoughts, and what stands in them is paid, shown or a verdict."""
-    said, right = said.replace("1</think>", "") if cut else said, not cut  # they never end
-    judged, prompt = said.replace("\\boxed{7}", verdict([9, 1])), [1] if cut or opened else []
-
-    def answer(self, what, model, prompts, *how):
-        text = judged if what == "RewardBench" else said
-        actor = SimpleNamespace(text=lambda ids, prompt: "<think>" * bool(prompt) + text)
-        return [evaluators.spoken(actor, prompt, [Completion([2])])] * len(prompts)
-
-    monkeypatch.setattr(evaluators.Evaluation, "texts", answer)
-    problems = write_rows(tmp_path / "x.jsonl", [{"problem": "w1?", "answer": "7"}])
-    found, _ = evaluate("reasoning", problems=problems)
-    assert found["scores"]["composite"]["value"] == 100 * right
-    (tmp_path / X).write_text(LIST)
-    found, _ = evaluate("rewardbench", lists=tmp_path / X)
-    assert found["scores"]["all lists, parsed"]["value"] == 100 * right
-    (tmp_path / X).write_text(OUTPUT)
-    evaluate("alpaca", reference=tmp_path / X)
-    [row] = read(tmp_path / "evals/m/alpaca/model_outputs.json")
-    assert row["output"] == "\\boxed{7}" * right
+def test_eval_thoughts():
+    """Bug: a template opens the thoughts, and what stands in them counts as said."""
+    actor = SimpleNamespace(text=lambda ids, prompt: f"{ids} after {prompt}")
+    found = evaluators.spoken(actor, [1], [Completion([2]), Completion([3], truncated=True)])
+    expected = [("[2] after [1]", False), ("[3] after [1]", True)]
+    assert found == [{"text": text, "truncated": truncated} for text, truncated in expected]
 
 
 def test_eval_compares_annotations(evaluate, tmp_path, capsys):
@@ -2235,7 +2215,6 @@ def test_eval_compares_annotations(evaluate, tmp_path, capsys):
     for name in ("one", "two", "a-name-that-is-longer-than-a-column", "none"):
         rows = [pair | {"generator_2": name, "preference": p} for p in next(said)]
         rows = [row | {"instruction": f"w{i}"} for i, row in enumerate(rows)]
-        (tmp_path / name / "weighted").mkdir(parents=True)
         files.append(write_rows(tmp_path / name / "weighted/annotations.jsonl", rows))
     evaluate("alpaca", model="", name="", annotations=files)
     [path] = (tmp_path / "evals").glob("alpaca-one+two*.json")
@@ -2248,7 +2227,7 @@ def test_eval_compares_annotations(evaluate, tmp_path, capsys):
     assert max(map(len, printed)) <= 100 and len(table) > 10 and "2/3" in "".join(table)
 
 
-def test_eval_one_model_in_memory(evaluate, folder, tmp_path, monkeypatch):
+def test_eval_one_model_in_memory(evaluate, folder, reference, tmp_path, monkeypatch):
     """Bug: a model that refers to itself (FSDP) stays in memory beside the next one."""
     alive, real = [], urpo.load_actor
 
@@ -2260,8 +2239,7 @@ def test_eval_one_model_in_memory(evaluate, folder, tmp_path, monkeypatch):
         return actor
 
     monkeypatch.setattr(urpo, "load_actor", load_actor)
-    reference = write_rows(tmp_path / "x.jsonl", [{"instruction": "w1", "output": "w2"}])
-    models = [save(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    models = [save(tmp_path / "a", seed=1), save(tmp_path / "b", seed=2)]
     gc.disable()
     evaluate("alpaca", model=models, name="", judge=folder, reference=reference)
     gc.enable()
@@ -2269,18 +2247,19 @@ def test_eval_one_model_in_memory(evaluate, folder, tmp_path, monkeypatch):
 
 
 def test_eval_samples_by_suite(evaluate, folder, tmp_path, monkeypatch):
-    """Bug: one number of samples for all; biased pass@k; pooled samples; unpaired differences."""
+    """Bug: one number of samples for all; biased pass@k; pooled samples; unpaired differences; what
+    stands in the thoughts is paid."""
     outcomes = {"a": [[1, 0, 0, 0], [1, 1, 1, 0], [0] * 4], "b": [[1, 1, 0, 0], [1] * 4, [0] * 4]}
     rows = [{"problem": f"w{i}?", "answer": "7"} for i in range(3)]
-    (tmp_path / "aime").mkdir()
-    paths = [write_rows(tmp_path / "aime/test.jsonl", rows)]
-    paths += [write_rows(tmp_path / "gsm.v2.jsonl", rows[:2])]
+    sets = {"aime/test": rows, "gsm.v2": rows[:2]}
+    paths = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in sets.items()]
 
     def texts(self, what, model, prompts, limit, n, temperature):
         assert (what, n, temperature) in [("aime", 4, 0.6), ("gsm.v2", 1, 0.0)]
         said = []
         for rights in outcomes[self.options.name][: len(prompts)]:
-            said.append([{"text": "\\boxed{7}" * r, "truncated": False} for r in rights[:n]])
+            texts = ["<think>\\boxed{7}" + "</think>\\boxed{7}" * right for right in rights[:n]]
+            said.append([{"text": text, "truncated": False} for text in texts])
         return said
 
     monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
@@ -2306,9 +2285,9 @@ def test_eval_two_ranks(evaluate, folder, tmp_path):
     how = dict(check=True, timeout=300, capture_output=True, text=True)
     done = subprocess.run([*run, "--out_dir", tmp_path / "evals"], **how)
     assert "2/2" in done.stderr  # of three chunks the first rank asks two
-    one, two = [tmp_path / f"evals/{name}/reasoning/samples.json" for name in ("one", "two")]
-    assert one.read_text() == two.read_text()
-    assert len(os.listdir(two.parent.parent / "answers")) == 3
+    one, two = tmp_path / "evals/one", tmp_path / "evals/two"
+    assert read(one / "reasoning/samples.json") == read(two / "reasoning/samples.json")
+    assert len(os.listdir(two / "answers")) == 3
 
 
 def test_eval_tiny_world(monkeypatch, tmp_path):
@@ -2375,7 +2354,6 @@ def test_curves_of_seeds(tmp_path, capsys):
             lines.append({"step": i + 1, "raw_score/open": value})
         lines.append({"step": 40, "eval/true_quality": last} | of_one_seed)
         runs.append(tmp_path / name)
-        runs[-1].mkdir()
         write_rows(runs[-1] / "metrics.jsonl", lines)
     with open(runs[-1] / "metrics.jsonl", "a") as file:
         file.write('{"step": 41, "eval/true_qua')
@@ -2388,8 +2366,7 @@ def test_curves_of_seeds(tmp_path, capsys):
     assert "| raw_score/open | 0.000 ± 0.000 | 0.800 ± 0.115 | 0.000 | 0.250 |" in printed
     assert "no picture" in printed or (tmp_path / "curves.png").stat().st_size > 10000
     line = '{"step": 1, "loss": 2}\n'
-    wrong = {line + '{"ste\n': "not JSON", line * 2: "logged twice", "": "no metrics"}
-    for text, said in wrong.items():
+    for text, said in (line + '{"\n', "not JSON"), (line * 2, "logged twice"), ("", "no metrics"):
         (runs[-1] / "metrics.jsonl").write_text(text)
         assert said in refused(evaluators.main, ["curves", *map(str, runs)])
     assert "given twice" in refused(evaluators.main, ["curves", *map(str, runs[:1] * 2)])
@@ -2397,11 +2374,10 @@ def test_curves_of_seeds(tmp_path, capsys):
 
 def test_arms(tmp_path, capsys):
     """Bug: exp1/run and exp2/run are seeds of one arm; a seed that has just begun is an error."""
-    for name in ("exp1/run", "exp2/run", "exp1/r-s0", "exp1/r-s1"):
-        (tmp_path / name).mkdir(parents=True)
-        lines = [{"step": 0, "eval/true_quality": 0.5}, {"step": 1, "loss": 2.0}]
-        write_rows(tmp_path / name / "metrics.jsonl", lines[name == "exp1/r-s1" :])
+    lines = [{"step": 0, "eval/true_quality": 0.5}, {"step": 1, "loss": 2.0}]
     runs = [str(tmp_path / name) for name in ("exp1/run", "exp2/run", "exp1/r-s0", "exp1/r-s1")]
+    for run in runs:
+        write_rows(Path(run) / "metrics.jsonl", lines[run == runs[-1] :])
     evaluators.main(["curves", *runs, "--out", str(tmp_path / "curves.png"), "--all_panels"])
     printed = capsys.readouterr().out
     assert re.search("exp1/run, first +. exp1/run, last +. exp2/run, first", printed)
@@ -2411,14 +2387,14 @@ def test_arms(tmp_path, capsys):
 def test_samples_page(tmp_path):
     """Bug: what a model writes becomes markup; the truth of another response; lines are lost."""
     hostile = "<script>alert('x')</script> \"quoted\" & </pre></td> \u202e é 漢字"
-    shared = {"prompt": turn(hostile), "judged": []}
-    judge = shared | {"kind": "preference", "responses": [hostile, "worse"], "truth": [4.0, 1.0]}
-    lines = [judge | {"step": 1, "completion": block("A: 3", "B: 9") + " ", "reward": -1.0}]
-    lines += [judge | {"step": 1, "completion": "no scores " + hostile, "reward": -1.5}]
-    heard = [{"shown": [1, 0], "scores": [8.0, 2.0], "critique": hostile}]
-    heard += [{"shown": [0, 1], "scores": None, "critique": "?"}]
-    asked = shared | {"kind": "open", "responses": [], "truth": None, "judged": heard, "step": 20}
-    lines += [asked | {"completion": t, "reward": r} for t, r in ((hostile, 0.5), ("b", None))]
+    judge = dict(prompt=turn(hostile), kind="preference", responses=[hostile, "worse"])
+    judge |= dict(truth=[4.0, 1.0], judged=[], step=1)
+    heard = [dict(shown=[1, 0], scores=[8.0, 2.0], critique=hostile)]
+    heard += [dict(shown=[0, 1], scores=None, critique="?")]
+    asked = dict(prompt=turn(hostile), kind="open", responses=[], truth=None, judged=heard, step=20)
+    said = [(judge, verdict([3, 9]) + " ", -1.0), (judge, "no scores " + hostile, -1.5)]
+    said += [(asked, hostile, 0.5), (asked, "b", None)]
+    lines = [row | {"completion": text, "reward": reward} for row, text, reward in said]
     write_rows(tmp_path / "samples.jsonl", lines)
     evaluators.main(["samples", str(tmp_path)])
     page = (tmp_path / "samples.html").read_text(encoding="utf-8")
@@ -2432,8 +2408,8 @@ def test_samples_page(tmp_path):
     assert "completion 1: 8.0\ncompletion 0: 2.0" in cells
     evaluators.main(["samples", str(tmp_path), "--steps", "1", "--out", str(tmp_path / "one.html")])
     assert "step 20" not in (tmp_path / "one.html").read_text(encoding="utf-8")
-    with pytest.raises(BadInput, match="samples of 1, 20"):
-        evaluators.main(["samples", str(tmp_path), "--steps", "7"])
+    said = refused(evaluators.main, ["samples", str(tmp_path), "--steps", "7"])
+    assert "samples of 1, 20" in said
     for text, said in {"": "no samples yet", '{"step": 1}\n': "not JSON with"}.items():
         (tmp_path / "samples.jsonl").write_text(text)
         assert said in refused(evaluators.main, ["samples", str(tmp_path)])
@@ -2652,12 +2628,10 @@ def test_kill(settings, tmp_path, trials):
         rng, run = random.Random(trial), tmp_path / f"trial-{trial}"
         again = dataclasses.replace(config, out=str(run), resume=True)
         ranks = start(2, job_train, again, False, threads=2)
-        if trial % 2:
-            wait_for(run / f"checkpoints/step-{rng.randint(1, 4)}", ranks)
-            time.sleep(rng.uniform(0, 0.02))
-        else:
-            wait_for(run / "config.json", ranks)
-            time.sleep(rng.uniform(0, took))
+        moments = ("config.json", took), (f"checkpoints/step-{rng.randint(1, 4)}", 0.02)
+        name, seconds = moments[trial % 2]
+        wait_for(run / name, ranks)
+        time.sleep(rng.uniform(0, seconds))
         for rank in rng.choice([ranks[:1], ranks[1:], ranks]):
             rank.kill()
         ended(ranks)  # the other one by itself
@@ -2824,14 +2798,12 @@ def test_kernels_of_a_gpu(settings):
     torch.nn.functional.scaled_dot_product_attention(query, key, key, mask).sum().backward()
     assert query.grad.isfinite().all() and key.grad.isfinite().all()
 
-    model = ranks.load(config.model, config, trainable=False)
-    prompt, completions = draw(range(97), k=100), [draw(range(97), k=n) for n in (60, 3, 1, 41)]
+    model, prompt = ranks.load(config.model, config, trainable=False), draw(range(97), k=100)
     with torch.no_grad():
-        packed = completion_logprobs(model, prompt, completions)
+        [completions] = urpo.sample(model, [prompt], 4, [40], 1.0, [3])  # `products` on a GPU
+        for length in (60, 3, 1, 41):
+            completions.append(Completion(ids := draw(range(97), k=length)))
+            [completions[-1].sampled_logprobs] = completion_logprobs(model, prompt, [ids])
+        packed = completion_logprobs(model, prompt, [c.ids for c in completions])
         for got, completion in zip(packed, completions):
-            [plain] = completion_logprobs(model, prompt, [completion])
-            assert (got - plain).abs().mean() < 0.05  # nats
-        [sampled] = urpo.sample(model, [prompt], 4, [40], 1.0, [3])  # `products` on a GPU
-        packed = completion_logprobs(model, prompt, [c.ids for c in sampled])
-        for got, completion in zip(packed, sampled):
-            assert (got.cpu() - completion.sampled_logprobs).abs().mean() < 0.05
+            assert (got.cpu() - completion.sampled_logprobs.cpu()).abs().mean() < 0.05  # nats
