@@ -144,6 +144,11 @@ def words(flags):
     return found
 
 
+def torchrun(*arguments):
+    run = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
+    return subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=300)
+
+
 @pytest.fixture
 def settings(folder, data, tmp_path):
     """-> make(**flags): the Config of a short run."""
@@ -583,23 +588,6 @@ def test_step_does_not_depend_on_micro_batches(one_step, aggregate):
     assert (change / change.norm() - up / up.norm()).norm() < 1e-3
 
 
-@AGGREGATES
-@pytest.mark.parametrize("updates", [1, 2])
-def test_what_is_rewarded_gets_likelier(one_step, aggregate, updates):
-    """Bug: a sign, in an advantage or a loss: what is punished is learned."""
-    best = lambda group: [float(i == 2) for i in range(len(group.completions))]  # noqa: E731
-    flags = dict(aggregate=aggregate, updates_per_rollout=updates, kl_coef=0, learning_rate=0.1)
-    run = one_step(rewards=best, sgd=True, **flags)
-    start = AutoModelForCausalLM.from_pretrained(run.config.model)
-    for group in run.groups:
-        gains = []
-        for c in group.completions:
-            after = plain_logprobs(run.policy.model, group.prompt_ids, c.ids)
-            before = plain_logprobs(start, group.prompt_ids, c.ids)
-            gains.append((after - before).sum().item())
-        assert gains[2] > 0 and gains[2] == max(gains)
-
-
 def test_updates(one_step):
     """Bug: old log-probs follow the policy in a second update; weights in bfloat16 do not move."""
     run = one_step(updates_per_rollout=2, learning_rate=1e-2)
@@ -1007,6 +995,10 @@ def test_scores_are_no_rewards(reward):
 
 
 # ===================================================================================== runs
+def read(path):
+    return json.loads(path.read_text())
+
+
 def lines_of(run, name="metrics.jsonl"):
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
@@ -1040,9 +1032,8 @@ def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
     flags = dict(data=rows, eval_data=rows, mix=mix(1, 1, 1, 1), steps=6, save_every=2)
     flags |= dict(eval_every=4, eval_rows=2)
     final = urpo.train(settings(**flags))
-    run, said = final.parent, capsys.readouterr().out
-    lines = lines_of(run)
-    assert [i for i in range(1, 7) if f"step {i}: reward" in said] == [1, 6]
+    run, said, lines = final.parent, capsys.readouterr().out, lines_of(final.parent)
+    assert re.findall(r"step (\d): reward", said) == ["1", "6"]
     assert re.search(r"\nheld out +step 0 +step 6 +n +trivial\n", said)
     line = r"\nreferee_accuracy +0\.\d+ ± 0\.\d+ +0\.\d+ ± 0\.\d+ +24 +0\.\d+\n"
     assert len(re.findall(line, said)) == 1
@@ -1052,17 +1043,16 @@ def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
     for line in lines:
         fields = STEP_FIELDS if "loss" in line else [*EVAL_FIELDS, "eval/copied_accuracy"]
         assert all(math.isfinite(line[name]) for name in fields)
-    steps = [line for line in lines if "loss" in line]
-    for line in steps:
-        tokens = round(4 * sum(line[f"length/{kind}"] for kind in KINDS))
-        assert line["generated_tokens"] == line["trained_tokens"] == tokens
-    assert steps[0]["kl"] < 1e-6 and steps[3]["kl"] > 1e-4  # the reference is not the policy
+        if "loss" in line:
+            tokens = round(4 * sum(line[f"length/{kind}"] for kind in KINDS))
+            assert line["generated_tokens"] == line["trained_tokens"] == tokens
+    first, fourth = lines[1], lines[4]
+    assert first["kl"] < 1e-6 and fourth["kl"] > 1e-4  # the reference is not the policy
     samples = {(s["step"], s["kind"]) for s in lines_of(run, "samples.jsonl")}
     assert samples == {(step, kind) for step in (1, 4, 6) for kind in KINDS}
-    assert json.loads((run / "config.json").read_text())["steps"] == 6
+    assert read(run / "config.json")["steps"] == 6
 
-    with pytest.raises(BadInput, match="holds a run: --resume true"):
-        urpo.train(settings(**flags))
+    assert "holds a run: --resume true" in refused(urpo.train, settings(**flags))
     with monkeypatch.context() as patch:  # a kill while old checkpoints are removed
         patch.setattr(shutil, "rmtree", lambda path, **options: None)
         other = urpo.train(settings(**flags | dict(out=tmp_path / "other", seed=5))).parent
@@ -1099,14 +1089,13 @@ def test_what_is_loaded(settings, folder, monkeypatch, tmp_path):
     monkeypatch.setattr(urpo.Ranks, "unsharded", noted_unsharded)
     monkeypatch.setattr(urpo, "sample", noted_sample)
     urpo.train(settings(steps=1, kl_coef=0))
-    assert [e[:2] for e in loaded] == [(folder, True)] and asked == [(0, 4, [3, 4]), (0, 1, [3, 4])]
-    loaded.clear(), asked.clear()
     other, stops = save(tmp_path / "other", seed=7), [3, 4, WORDS.index("w1")]
     flags = dict(referee=other, out=tmp_path / "again", stop_tokens="<|im_end|>,w1")
     urpo.train(settings(steps=1, **flags))
-    assert [e[:2] for e in loaded] == [(folder, True), (other, False), (folder, False)]
-    assert asked == [(0, 4, stops), (1, 1, stops)]
-    assert torch.equal(weights(loaded[1][2]), weights_of(other))
+    expected = [(folder, True), (folder, True), (other, False), (folder, False)]
+    assert [(name, trainable) for name, trainable, _ in loaded] == expected
+    assert asked == [(0, 4, [3, 4]), (0, 1, [3, 4]), (1, 4, stops), (2, 1, stops)]
+    assert torch.equal(weights(loaded[2][2]), weights_of(other))
 
 
 def test_resume_with_other_settings(settings, tmp_path, monkeypatch):
@@ -1135,7 +1124,7 @@ def test_resume_with_other_settings(settings, tmp_path, monkeypatch):
     urpo.train(settings(**flags | may))
     urpo.train(settings(**flags | dict(steps=3, learning_rate=0.5, changed=True)))
     assert [m["learning_rate"] for m in lines_of(run)] == [0.001, 0.001, 0.5]
-    assert json.loads((run / "config.json").read_text())["learning_rate"] == 0.5
+    assert read(run / "config.json")["learning_rate"] == 0.5
     shutil.rmtree(run / "checkpoints")
     assert "holds a finished run" in refused(urpo.train, settings(**flags))
     for name, said in [("model.safetensors", "cannot be loaded"), ("tokenizer.json", "tokenizer")]:
@@ -1271,7 +1260,7 @@ def test_tied_weights(settings, tmp_path, names):
 def test_refused_models(settings, tmp_path, change, dtype, message):
     """Bug: a model that would be trained silently wrong, or that ends in a traceback."""
     folder, file = save(tmp_path / "model"), tmp_path / "model/config.json"
-    config = json.loads(file.read_text()) | change
+    config = read(file) | change
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     state = load_file(file := file.with_name("model.safetensors"))
     save_file(state | {"lm_head.weight": state["lm_head.weight"].to(dtype)}, file)
@@ -1280,15 +1269,13 @@ def test_refused_models(settings, tmp_path, change, dtype, message):
 
 
 @pytest.mark.parametrize("reward", [torch.tensor(0.5), None, torch.ones(2), "good"])
-def test_rewards_of_ones_own(settings, monkeypatch, reward):
+def test_rewards_of_ones_own(one_step, reward):
     """Bug: a tensor as a reward spoils the log, or the traceback does not name the kind."""
-    pay = paying(lambda group: [reward] * 4)
-    monkeypatch.setitem(KINDS, "open", dataclasses.replace(KINDS["open"], pay=pay))
+    flags = dict(rows=ROWS[2:3], rewards=lambda group: [reward] * 4, kl_coef=0)
     if isinstance(reward, torch.Tensor) and reward.ndim == 0:
-        run = urpo.train(settings(steps=1)).parent
-        assert metrics_of(run)[0]["reward/open"] == 0.5
+        assert [repr(c.reward) for c in one_step(**flags).completions] == ["0.5"] * 4
     else:
-        assert "reward of kind open" in refused(urpo.train, settings(steps=1))
+        assert "reward of kind open" in refused(one_step, **flags)
 
 
 def test_learning_rate(settings):
@@ -1962,10 +1949,6 @@ def test_eval_rewardbench2():
     assert ties([9, 1], [9, 7, 1], only_in_accuracy) == pytest.approx(0.85 + 0.01 * math.tanh(2))
 
 
-def read(path):
-    return json.loads(path.read_text())
-
-
 @pytest.fixture
 def evaluate(folder, tmp_path, monkeypatch):
     """-> run(command, **flags): (results.json, its folder); run.asked: what models answered."""
@@ -2028,8 +2011,7 @@ def test_eval_problems(tmp_path, row, answer, said, right):
 
 @pytest.mark.parametrize("size, judge, expected", FAKES)
 def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected):
-    """Bug: one order only, failures as ties, verdicts not turned back, orders that know it, thoughts
-    are verdicts."""
+    """Bug: one order only, failures as ties, verdicts not turned back, orders that know it."""
     shown, real = [], urpo.judge_prompt
 
     def judge_prompt(row, texts, order, *rest):
@@ -2039,7 +2021,7 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
     def texts(self, what, model, prompts, limit):
         said = [verdict(judge(texts)) for texts in shown]
         shown.clear()  # rehearsed, then asked
-        return [[{"text": f"<think>{GOOD}</think>{text}"}] for text in said]
+        return [[{"text": text}] for text in said]
 
     monkeypatch.setattr(urpo, "judge_prompt", judge_prompt)
     monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
@@ -2279,12 +2261,9 @@ def test_eval_two_ranks(evaluate, folder, tmp_path):
     rows = [{"problem": f"w{i} " * (1 + i % 3) + "?", "answer": "1"} for i in range(130)]
     flags = dict(problems=write_rows(tmp_path / "x.jsonl", rows), max_new_tokens=4)
     evaluate("reasoning", name="one", **flags)
-    flags |= dict(model=folder, name="two", device="cpu", verifier="plain")
-    run = [sys.executable, *"-m torch.distributed.run --nproc_per_node 2".split()]
-    run += ["--master_port", "29631", evaluators.__file__, "reasoning", *words(flags)]
-    how = dict(check=True, timeout=300, capture_output=True, text=True)
-    done = subprocess.run([*run, "--out_dir", tmp_path / "evals"], **how)
-    assert "2/2" in done.stderr  # of three chunks the first rank asks two
+    flags |= dict(model=folder, name="two", device="cpu", out_dir=tmp_path / "evals")
+    done = torchrun(evaluators.__file__, "reasoning", *words(flags | dict(verifier="plain")))
+    assert not done.returncode and "2/2" in done.stderr  # of three chunks the first rank asks two
     one, two = tmp_path / "evals/one", tmp_path / "evals/two"
     assert read(one / "reasoning/samples.json") == read(two / "reasoning/samples.json")
     assert len(os.listdir(two / "answers")) == 3
@@ -2581,8 +2560,8 @@ def job_spoiled(config):
     for step in (1, 2, 3, 4):
         before = whole(policy.model.parameters())
         _, sums = urpo.urpo_step(policy, policy, None, optimizer, rows[:9], step, config, ranks)
-        changed = not torch.equal(before, whole(policy.model.parameters()))
-        results.append((sums["skipped"], changed))
+        after = whole(policy.model.parameters())
+        results.append((sums["skipped"], not torch.equal(before, after)))
     return results
 
 
@@ -2726,9 +2705,7 @@ def test_a_rank_dies_under_torchrun(config, tmp_path):
     script = f"import os, sys\nsys.path[0] = {os.path.dirname(urpo.__file__)!r}\nimport urpo\n"
     script += "if os.environ['RANK'] == '1':\n    urpo.batch_loss = lambda *_: 1 / 0\n"
     (tmp_path / "run.py").write_text(f"{script}urpo.train(urpo.parse(sys.argv[1:]))")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [tmp_path / "run.py", *words(dataclasses.asdict(config))]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    run = torchrun(tmp_path / "run.py", *words(dataclasses.asdict(config)))
     cause = run.stderr.partition("Root Cause (first observed failure)")[2]
     assert run.returncode and "rank      : 1" in cause and "ZeroDivisionError" in cause
 
