@@ -389,9 +389,7 @@ def test_torch_without_onednn(one_step, monkeypatch):
 
 # ================================================================================ log-probs
 def gradient(model, total):
-    model.zero_grad()
-    total.backward()
-    return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total, [*model.parameters()])])
 
 
 @ARCHITECTURES
@@ -405,7 +403,7 @@ def test_packed_equals_plain(arch, tied, tokens, chunk, monkeypatch):
         groups.append((prompt, [Completion(ids) for ids in completions]))
         prompt_of |= {id(c): prompt for c in groups[-1][1]}
     batches = urpo.pack(groups, tokens)
-    rows = [row for batch in batches for row in batch]
+    rows = sum(batches, [])
     assert (sum(len(row.prompt) == 40 for row in rows) == 1) == (tokens == 4096)
     assert all(len(b) == 1 or len(b) * max(map(len, b)) <= tokens for b in batches)
     assert {id(c): row.prompt for row in rows for c in row.completions} == prompt_of
@@ -468,8 +466,8 @@ def test_advantages():
         got = urpo.group_advantages(torch.tensor(rewards), scale_std)
         assert torch.allclose(got, torch.tensor(by_hand), atol=1e-5)
         for size in range(2, 17):
-            flat = torch.tensor([0.1, 0.3, 0.7, 1 / 3, -1.5])[:, None].repeat(1, size)
-            assert (urpo.group_advantages(flat, scale_std) == 0).all()
+            flat = torch.tensor([0.1, 0.3, 0.7, 1 / 3, -1.5])[:, None].expand(-1, size)
+            assert not urpo.group_advantages(flat, scale_std).any()
 
 
 def test_what_every_advantage_promises():
@@ -480,8 +478,7 @@ def test_what_every_advantage_promises():
         got = urpo.group_advantages(rewards, scale_std)
         assert torch.allclose(urpo.group_advantages(rewards + 8, scale_std), got, atol=1e-4)
         better = rewards[:, :, None] > rewards[:, None, :]
-        assert (got[:, :, None] > got[:, None, :])[better].all()
-        assert got.sum(1).abs().max() < 1e-4
+        assert (got[:, :, None] > got[:, None, :])[better].all() and got.sum(1).abs().max() < 1e-4
 
 
 def loss_inputs(lengths, width=None, dtype=torch.float64):
@@ -534,6 +531,11 @@ def by_length(group):
     return [float(len(c.ids)) + i for i, c in enumerate(group.completions)]
 
 
+def check_advantages(group, rewards):
+    [expected] = urpo.group_advantages(torch.tensor([rewards]))
+    assert [c.advantage for c in group.completions] == pytest.approx(expected.tolist())
+
+
 def test_who_reaches_the_loss(one_step, monkeypatch):
     """Bug: judgements in the loss, an old judge, advantages mixed up, texts encoded again."""
     run = one_step(ROWS[:3] * 2)
@@ -551,8 +553,7 @@ def test_who_reaches_the_loss(one_step, monkeypatch):
         assert loss.args[3].tolist() == pytest.approx([c.advantage for c in completions])
         assert loss.args[4].sum(1).tolist() == [len(c.ids) for c in completions]
     for group in run.groups:
-        [expected] = urpo.group_advantages(torch.tensor([[c.reward for c in group.completions]]))
-        assert [c.advantage for c in group.completions] == pytest.approx(expected.tolist())
+        check_advantages(group, [c.reward for c in group.completions])
     assert sum(any(c.advantage for c in group.completions) for group in run.groups) >= 3
     said = [question.completions[0] for group in run.groups for question in group.judged]
     metrics = urpo.step_metrics(run.groups, run.sums, run.config, run.ranks)
@@ -620,8 +621,7 @@ def test_who_counts(one_step, kl_coef):
     assert 0 < len(kept) < 36 and {loss.denominator for loss in run.grpo_loss} == {len(kept)}
     assert sorted(map(id, run.reached)) == sorted(map(id, kept))
     for group in run.groups:
-        [expected] = urpo.group_advantages(torch.tensor([by_length(group)]))
-        assert [c.advantage for c in group.completions] == pytest.approx(expected.tolist())
+        check_advantages(group, by_length(group))
     lengths = sum(len(c.ids) for c in run.groups[2].completions) / 12
     assert urpo.step_metrics(run.groups, run.sums, run.config, run.ranks)["length/open"] == lengths
 
@@ -863,9 +863,7 @@ def test_open_rewards(judged):
         assert asked == dict.fromkeys("1359", judgements) and len(group.judged) == judgements
     assert judged([answers("", "4", "")], by_text) == [[-1, 1, -1]]  # it beats the empty ones
 
-    def first(group, greedy):
-        return [9.0] + [5.0] * (len(group.responses) - 1)
-
+    first = lambda group, _: [9.0] + [5.0] * (len(group.responses) - 1)  # noqa: E731
     rewards = torch.tensor(judged([answers(*"abcdefgh") for _ in range(400)], first, list_size=3))
     assert rewards[0].abs().max() > 0.2 and rewards.mean(0).abs().max() < 0.1  # chance: .03
 
@@ -895,10 +893,9 @@ def test_one_list_of_two(judged):
 
 def test_each_group_is_judged_under_its_own_instruction(judged, tokenizer):
     """Bug: a judge prompt shows the instruction of another group."""
-    groups = [answers("1", "2", prompt=turn(f"w{i} w{i}")) for i in (5, 6, 7)]
-    judged(groups, by_text)
-    for group in groups:
-        asked = group.row["prompt"][0]["content"]
+    groups = {text: answers("1", "2", prompt=turn(text)) for text in ("w5 w5", "w6 w6", "w7 w7")}
+    judged([*groups.values()], by_text)
+    for asked, group in groups.items():
         assert all(asked in tokenizer.decode(judge.prompt_ids) for judge in group.judged)
 
 
@@ -963,12 +960,7 @@ JUDGES = [  # judge -> accuracy, its error over three prompts, tau, parse rate
 @pytest.mark.parametrize("judge,accuracy,error,tau,parsed", JUDGES)
 def test_evaluation(settings, tokenizer, monkeypatch, judge, accuracy, error, tau, parsed):
     """Bug: one order only, ties or nonsense half right, greedy for sampled, rows of one prompt."""
-    asked = set()
-
-    def when_greedy(group, greedy):
-        asked.add(group.row["kind"])
-        return judge(group) if greedy else None
-
+    when_greedy = lambda group, greedy: judge(group) if greedy else None  # noqa: E731
     monkeypatch.setattr(urpo, "rollout", fake_rollout(when_greedy))
     config, actor = settings(), urpo.Actor(torch.nn.Module(), tokenizer, [])
     metrics = urpo.evaluate(actor, ROWS[:9], config, urpo.Ranks(config))
@@ -976,7 +968,7 @@ def test_evaluation(settings, tokenizer, monkeypatch, judge, accuracy, error, ta
     expected |= {"tau_greedy": tau, "accuracy": 0, "tau": 0}
     assert {n: metrics[f"eval/referee_{n}"] for n in expected} == pytest.approx(expected)
     assert (metrics["eval/parse_rate"], metrics["eval/parse_rate_greedy"]) == (0, parsed)
-    assert metrics["eval/verifiable_accuracy_n"] == 3 and asked == {"verifiable", "preference"}
+    assert metrics["eval/verifiable_accuracy_n"] == 3
     values = [(1.0, "a"), (0.0, "a"), (1.0, "b"), (1.0, "c")]  # residuals of prompts -.5, .25, .25
     assert urpo.mean_and_error(values) == pytest.approx((0.75, (0.375 * 3 / 2) ** 0.5 / 4))
     assert math.isnan(urpo.mean_and_error(values[:2])[1])
@@ -1023,14 +1015,15 @@ EVAL_FIELDS = [f"eval/{name}{error}" for name in EVAL_FIELDS for error in ("", "
 
 
 def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
-    """Bug: missing steps or fields, a seed not heeded, a lossy resume, kinds listed by hand."""
+    """Bug: missing steps or fields, a seed not heeded, a lossy resume, kinds listed by hand, a
+    learning rate that stays in its warm-up."""
     pay = paying(lambda g: [float(c.text in g.row["prompt"][0]["content"]) for c in g.completions])
     score = lambda group, config: [("copied_accuracy", len(c.ids)) for c in group.completions]  # noqa: E731
     monkeypatch.setitem(KINDS, "copied", urpo.Kind(urpo.open_group, pay, score))
     monkeypatch.setattr(urpo, "JUDGE", FAKE_JUDGE)
     rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, row_of("copied", "w5 w6")])
     flags = dict(data=rows, eval_data=rows, mix=mix(1, 1, 1, 1), steps=6, save_every=2)
-    flags |= dict(eval_every=4, eval_rows=2)
+    flags |= dict(eval_every=4, eval_rows=2, lr_warmup=3, learning_rate=3e-3)
     final = urpo.train(settings(**flags))
     run, said, lines = final.parent, capsys.readouterr().out, lines_of(final.parent)
     assert re.findall(r"step (\d): reward", said) == ["1", "6"]
@@ -1046,8 +1039,9 @@ def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
         if "loss" in line:
             tokens = round(4 * sum(line[f"length/{kind}"] for kind in KINDS))
             assert line["generated_tokens"] == line["trained_tokens"] == tokens
-    first, fourth = lines[1], lines[4]
-    assert first["kl"] < 1e-6 and fourth["kl"] > 1e-4  # the reference is not the policy
+    steps = [line for line in lines if "loss" in line]
+    assert [m["learning_rate"] for m in steps] == pytest.approx([1e-3, 2e-3, *[3e-3] * 4])
+    assert steps[0]["kl"] < 1e-6 and steps[3]["kl"] > 1e-4  # the reference is not the policy
     samples = {(s["step"], s["kind"]) for s in lines_of(run, "samples.jsonl")}
     assert samples == {(step, kind) for step in (1, 4, 6) for kind in KINDS}
     assert read(run / "config.json")["steps"] == 6
@@ -1278,20 +1272,13 @@ def test_rewards_of_ones_own(one_step, reward):
         assert "reward of kind open" in refused(one_step, **flags)
 
 
-def test_learning_rate(settings):
-    """Bug: the learning rate stays in its warm-up."""
-    run = urpo.train(settings(steps=5, lr_warmup=3, learning_rate=0.3)).parent
-    assert [m["learning_rate"] for m in metrics_of(run)] == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3])
-
-
 def test_every_epoch_has_its_order():
     """Bug: a row is seen twice in an epoch, or the second epoch has the order of the first."""
-    rows = {"open": [{"id": i} for i in range(20)]}
-    seen = []
+    rows, seen = list(range(20)), []
     for step in range(8):
-        seen += [row["id"] for row in data_prep.batch_rows(rows, {"open": 5}, 0, step)]
+        seen += data_prep.batch_rows({"open": rows}, {"open": 5}, 0, step)
     first, second = seen[:20], seen[20:]
-    assert sorted(first) == sorted(second) == list(range(20)) and first != second
+    assert sorted(first) == sorted(second) == rows and first != second
 
 
 @pytest.mark.parametrize("module", ["urpo", "eval"])
@@ -1874,9 +1861,9 @@ def test_eval_length_controlled(monkeypatch):
     (x, d, z), n = noise[:60].T, noise[60:]
     y, lengths = torch.sigmoid(-0.8 * x + 0.5 * d + 0.3 + 0.3 * z), (300 * x).round()
     y[7], rows = NAN, []  # never judged: predicted, not fitted
-    for i, preference in enumerate(1 + y):
-        rows.append({"instruction": f"w{i}", "preference": preference.item()})
-        rows[i] |= {"output_1": "x" * (1000 + int(lengths[i])), "output_2": "y" * 1000}
+    for i, p in enumerate(1 + y):
+        texts = dict(output_1="x" * (1000 + int(lengths[i])), output_2="y" * 1000)
+        rows.append(dict(instruction=f"w{i}", preference=p.item(), **texts))
     gamed = torch.stack([torch.sigmoid(-n[:, 0]), n[:, 0], n[:, 1]], 1)  # like df_gamed.csv
     score = evaluators.length_control(rows, d.tolist(), gamed)
     own = torch.stack([torch.tanh(lengths / lengths.std()), d, torch.ones_like(d)], 1)
@@ -1942,9 +1929,8 @@ def test_eval_rewardbench2():
 
     assert ties([9, 1, 1], [9, 9, 1]) == pytest.approx(1.01)  # spread 0: tanh(inf)
     assert ties([3, 2, 1], [9, 7, 1]) == pytest.approx(0.8 + 0.01 * math.tanh(-0.5))
-    assert ties([5, 5, 5], [5, 5, 5]) == 0  # 0/0 counts 0
     assert ties([1, 2, 3], [5, 5, 9]) == pytest.approx(-0.01)  # all wrong, below 0
-    assert math.isnan(ties([2, 1]))  # missing
+    assert ties([5, 5, 5], [5, 5, 5]) == 0 and math.isnan(ties([2, 1]))  # 0/0 counts 0; missing
     only_in_accuracy = [1, 2]
     assert ties([9, 1], [9, 7, 1], only_in_accuracy) == pytest.approx(0.85 + 0.01 * math.tanh(2))
 
@@ -2055,9 +2041,8 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
 @pytest.fixture
 def reference(tmp_path):
     """A file of 40 reference outputs; the model says "same" to w0, the reference's own words."""
-    row = {"dataset": "d", "generator": "ref", "output": "worse"}
-    rows = [row | {"instruction": f"w{i}"} for i in range(40)]
-    rows[0]["output"] = "same"
+    row, outputs = dict(dataset="d", generator="ref"), ["same"] + ["worse"] * 39
+    rows = [row | dict(instruction=f"w{i}", output=said) for i, said in enumerate(outputs)]
     return write_rows(tmp_path / "reference.jsonl", rows)
 
 
@@ -2143,9 +2128,9 @@ def test_eval_goes_on(evaluate, tokenizer, tmp_path):
     _, alone = evaluate("reasoning", name="n", **flags)
     assert read(alone / "samples.json") == records  # a kill changes nothing
     for changed in ({}, {"seed": 1}, {"samples": "2@.5"}, {"samples": "1"}, {"max_new_tokens": 6}):
-        n = len(asked)
+        asked.clear()
         evaluate("reasoning", **flags | changed)
-        assert (len(asked) > n) == bool(changed)
+        assert bool(asked) == bool(changed)
     trial, where = evaluate("reasoning", limit=3, **flags)
     assert trial["trial"] and where.name == "reasoning-limit3" and "judge" not in trial["settings"]
     assert trial["scores"]["composite"]["n"] == 3 and not first["trial"]
@@ -2186,17 +2171,17 @@ def test_eval_thoughts():
     """Bug: a template opens the thoughts, and what stands in them counts as said."""
     actor = SimpleNamespace(text=lambda ids, prompt: f"{ids} after {prompt}")
     found = evaluators.spoken(actor, [1], [Completion([2]), Completion([3], truncated=True)])
-    expected = [("[2] after [1]", False), ("[3] after [1]", True)]
-    assert found == [{"text": text, "truncated": truncated} for text, truncated in expected]
+    expected = ("[2] after [1]", False), ("[3] after [1]", True)
+    assert [(answer["text"], answer["truncated"]) for answer in found] == [*expected]
 
 
 def test_eval_compares_annotations(evaluate, tmp_path, capsys):
     """Bug: one model of all official files; n and notes of the first alone; tables run off."""
-    pair = {"instruction": "w1", "output_1": "a", "output_2": "b", "annotator": "gpt"}
-    files, said = [], iter([[2, 2, None], [1, 2, 1], [1, 1, 1], [None] * 3])
-    for name in ("one", "two", "a-name-that-is-longer-than-a-column", "none"):
-        rows = [pair | {"generator_2": name, "preference": p} for p in next(said)]
-        rows = [row | {"instruction": f"w{i}"} for i, row in enumerate(rows)]
+    said, files = dict(one=[2, 2, None], two=[1, 2, 1]), []
+    said |= {"a-name-that-is-longer-than-a-column": [1, 1, 1], "none": [None] * 3}
+    for name, preferences in said.items():
+        pair = dict(generator_2=name, output_1="a", output_2="b", annotator="gpt")
+        rows = [pair | dict(instruction=f"w{i}", preference=p) for i, p in enumerate(preferences)]
         files.append(write_rows(tmp_path / name / "weighted/annotations.jsonl", rows))
     evaluate("alpaca", model="", name="", annotations=files)
     [path] = (tmp_path / "evals").glob("alpaca-one+two*.json")
@@ -2272,9 +2257,8 @@ def test_eval_two_ranks(evaluate, folder, tmp_path):
 def test_eval_tiny_world(monkeypatch, tmp_path):
     """Bug: `all` alone needs a network, math_verify, takes an old run, hides what is missing."""
     monkeypatch.chdir(tmp_path)
-    for name, when in (("tiny-new", 1000), ("tiny-old", 1)):
-        save(f"runs/{name}/final")
-        os.utime(f"runs/{name}/final/config.json", (when, when))
+    save("runs/tiny-new/final"), save("runs/tiny-old/final")
+    os.utime("runs/tiny-old/final/config.json", (1, 1))
     evaluators.main(["all", "--limit", "12", "--device", "cpu"])
     scores = read(tmp_path / "evals/all-tiny-new-limit12.json")["tiny-new"]
     controlled = scores["alpaca: length-controlled win rate"]
@@ -2381,8 +2365,7 @@ def test_samples_page(tmp_path):
     assert page.count("</details>") == 2 and page.rindex("<table>") < page.rindex("</details>")
     cells = re.findall("<td><pre>(.*?)</pre>", page, re.S)
     assert page.index("step 20") < page.index("step 1<")  # the newest first
-    start = cells.index("A")
-    assert cells[start : start + 6] == ["A", "4.00", html.escape(hostile), "B", "1.00", "worse"]
+    assert f"A, 4.00, {html.escape(hostile)}, B, 1.00, worse" in ", ".join(cells)
     assert "3.0 9.0" in cells and "does not parse" in cells and "-1.50" in cells
     assert "completion 1: 8.0\ncompletion 0: 2.0" in cells
     evaluators.main(["samples", str(tmp_path), "--steps", "1", "--out", str(tmp_path / "one.html")])
@@ -2512,13 +2495,12 @@ def job_steps(config):
     reference = ranks.load(config.model, config, trainable=False)
     weights = list(policy.model.parameters())
     with torch.no_grad():  # another model than the reference: the KL term has a gradient
-        for weight in weights:
-            weight.mul_(1.1)
+        torch._foreach_mul_(weights, 1.1)
     before, optimizer = whole(weights), torch.optim.AdamW(weights, lr=1e-3)
     optimizer.register_step_pre_hook(lambda *_: gradients.append(whole(w.grad for w in weights)))
+    actors = policy, policy, reference, optimizer
     for step in (1, 2, 3):
-        batch = rows[9 * step - 9 : 9 * step]
-        urpo.urpo_step(policy, policy, reference, optimizer, batch, step, config, ranks)
+        urpo.urpo_step(*actors, rows[9 * step - 9 : 9 * step], step, config, ranks)
     if ranks.world > 1:
         models, left = (policy.model, reference), reference._get_fsdp_state()._comm_ctx
         assert all(isinstance(p, DTensor) for model in models for p in model.parameters())
@@ -2580,8 +2562,7 @@ def test_resume_on_another_number_of_ranks(config, data):
     first = Path(config.out)
     before, after = weights_of(config.model), weights_of(first / "final")
     for world, shard in [(1, 0), (2, 0), (4, 0), (4, 2)]:
-        run = first.with_name(f"on-{world}-{shard}")
-        shutil.copytree(first, run)
+        run = shutil.copytree(first, first.with_name(f"on-{world}-{shard}"))
         (run / "checkpoints/step-4/.metadata").unlink()  # as if killed in the middle of this save
         again = dataclasses.replace(config, out=str(run), resume=True, shard_size=shard)
         on_ranks(world, job_train, again)
@@ -2645,8 +2626,8 @@ def test_a_signal_to_one_rank(config, number):
     other = refused(urpo.train, dataclasses.replace(config, resume=True, steps=1))
     os.kill(ranks[1].pid, number)
     assert ended(ranks) == [("value", run)] * 2 and [rank.exitcode for rank in ranks] == [0, 0]
-    done = [line["step"] for line in metrics_of(run)]
-    assert done == list(range(1, len(done) + 1)) and saved_steps(run) == done[-1:]
+    [last] = saved_steps(run)
+    assert [line["step"] for line in metrics_of(run)] == [*range(1, last + 1)]
     assert "another run is at work there" in other
 
 
@@ -2671,8 +2652,8 @@ def test_a_second_signal(settings, monkeypatch, capsys, number):
         signal.signal(each, handler)
     assert saved_steps(run) == [1] and handlers.count(signal.SIG_IGN) == 2
     assert handlers[urpo.STOPS.index(number)] == signal.SIG_DFL
-    said = f"{number.name} after step 1: to go on, add --resume true --out {run}"
-    assert said in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{number.name} after step 1: to go on, add --resume true --out {run}" in said
 
 
 def job_unheard(config, gone):
@@ -2735,9 +2716,8 @@ def test_loading_needs_one_shard(config, tmp_path):
         assert grown < 0.75 * size
 
 
-LOADED = [("Gemma", dict(tied=True, head_dim=16)), ("Qwen2", {})]
-ROPE = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
-LOADED += [("Llama", dict(rope_parameters=ROPE))]
+ROPE = {"rope_parameters": dict(rope_type="linear", rope_theta=10000.0, factor=2.0)}
+LOADED = [("Gemma", dict(tied=True, head_dim=16)), ("Qwen2", {}), ("Llama", ROPE)]
 
 
 @pytest.mark.parametrize("arch,options", LOADED)
