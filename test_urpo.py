@@ -588,6 +588,23 @@ def test_step_does_not_depend_on_micro_batches(one_step, aggregate):
     assert (change / change.norm() - up / up.norm()).norm() < 1e-3
 
 
+@AGGREGATES
+@pytest.mark.parametrize("updates", [1, 2])
+def test_what_is_rewarded_gets_likelier(one_step, aggregate, updates):
+    """Bug: a sign, in an advantage or a loss: what is punished is learned."""
+    best = lambda group: [float(i == 2) for i in range(len(group.completions))]  # noqa: E731
+    flags = dict(aggregate=aggregate, updates_per_rollout=updates, kl_coef=0, learning_rate=0.1)
+    run = one_step(rewards=best, sgd=True, **flags)
+    start = AutoModelForCausalLM.from_pretrained(run.config.model)
+    for group in run.groups:
+        gains = []
+        for c in group.completions:
+            after = plain_logprobs(run.policy.model, group.prompt_ids, c.ids)
+            before = plain_logprobs(start, group.prompt_ids, c.ids)
+            gains.append((after - before).sum().item())
+        assert gains[2] > 0 and gains[2] == max(gains)
+
+
 def test_updates(one_step):
     """Bug: old log-probs follow the policy in a second update; weights in bfloat16 do not move."""
     run = one_step(updates_per_rollout=2, learning_rate=1e-2)
@@ -2121,12 +2138,32 @@ def test_eval_what_is_not_asked(evaluate, folder, tmp_path):
     assert "no instruction in common" in refused(evaluate, "alpaca", **flags)
 
 
-def test_eval_thoughts():
-    """Bug: a template opens the thoughts, and what stands in them counts as said."""
-    actor = SimpleNamespace(text=lambda ids, prompt: f"{ids} after {prompt}")
-    found = evaluators.spoken(actor, [1], [Completion([2]), Completion([3], truncated=True)])
-    expected = ("[2] after [1]", False), ("[3] after [1]", True)
-    assert [(answer["text"], answer["truncated"]) for answer in found] == [*expected]
+@pytest.mark.parametrize("said, opened", [("\\boxed{7}", 0), ("1</think>\\boxed{7}", 1)])
+@pytest.mark.parametrize("cut", [0, 1])
+def test_eval_thoughts(evaluate, monkeypatch, tmp_path, said, opened, cut):
+    """Bug: a template opens the thoughts, and what stands in them is paid, shown or a verdict."""
+    said, right = said.replace("1</think>", "") if cut else said, not cut  # they never end
+    scores = block("A: 9", "B: 1")
+    texts = {(2,): said, (3,): said.replace("\\boxed{7}", scores)}
+    said_by = lambda ids, prompt: "<think>" * bool(prompt) + texts[(*ids,)]  # noqa: E731
+    actor = SimpleNamespace(text=said_by)
+    answers = {}
+    for what, ids in (("RewardBench", [3]), ("x", [2]), ("AlpacaEval", [2])):
+        answers[what] = evaluators.spoken(actor, [1] if cut or opened else [], [Completion(ids)])
+
+    def answer(self, what, model, prompts, *how):
+        return [answers[what]] * len(prompts)
+
+    monkeypatch.setattr(evaluators.Evaluation, "texts", answer)
+    problems = write_rows(tmp_path / "x.jsonl", [{"problem": "w1?", "answer": "7"}])
+    found, _ = evaluate("reasoning", problems=problems)
+    assert found["scores"]["composite"]["value"] == 100 * right
+    lists = write_rows(tmp_path / "l.jsonl", [{"prompt": "w1", "chosen": "a", "rejected": "b"}])
+    found, _ = evaluate("rewardbench", lists=lists)
+    assert found["scores"]["all lists, parsed"]["value"] == 100 * right
+    evaluate("alpaca", reference=write_rows(tmp_path / "y.jsonl", [json.loads(OUTPUT)]))
+    [row] = json.loads((tmp_path / "evals/m/alpaca/model_outputs.json").read_text())
+    assert row["output"] == "\\boxed{7}" * right
 
 
 def test_eval_compares_annotations(evaluate, tmp_path, capsys):
@@ -2224,7 +2261,6 @@ def test_eval_tiny_world(monkeypatch, tmp_path):
 X, PROBLEM = "x.jsonl", '{"problem": "w1?", "answer": "1"}'
 PAIR = '{"instruction": "w1", "output_1": "a", "output_2": "b"'
 LIST = '{"prompt": "w1", "chosen": "a", "rejected": "b"}'
-OUTPUT = '{"instruction": "w1", "output": "w2"}'
 WRONG = [  # command, flags, content of a file X, message
     ("reasoning", {"model": ["x", "runs/x/final"], "name": ""}, "", "models called x, x"),
     ("reasoning", {"problems": X}, "", "has no rows"),
