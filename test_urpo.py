@@ -2138,6 +2138,9 @@ def test_eval_what_is_not_asked(evaluate, folder, tmp_path):
     assert "no instruction in common" in refused(evaluate, "alpaca", **flags)
 
 
+OUTPUT = '{"instruction": "w1", "output": "w2"}'
+
+
 @pytest.mark.parametrize("said, opened", [("\\boxed{7}", 0), ("1</think>\\boxed{7}", 1)])
 @pytest.mark.parametrize("cut", [0, 1])
 def test_eval_thoughts(evaluate, monkeypatch, tmp_path, said, opened, cut):
