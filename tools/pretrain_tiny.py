@@ -314,9 +314,10 @@ def main(argv=None):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", metavar="FOLDER", help="where the model is written")
+    parser.add_argument("out", metavar="FOLDER", help="where rows and model are written")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    make_rows(Path(options.out), options.seed)
     pretrain_tiny(Path(options.out), options.seed)
 
 
