@@ -92,7 +92,7 @@ class Config:
     """Every setting with its unit. The paper's values were not at hand: these are ours."""
 
     # what is trained on what
-    preset: str = setting("", "tiny, small, 7b: values for what you leave out; else by hardware")
+    preset: str = setting("", "tiny, small or 7b: fills what you leave out; empty: by hardware")
     model: str = setting("", "policy to start from: a Hugging Face folder or Hub name")
     data: str = setting("", "training rows, JSONL (README, Rows); data_prep.py makes them")
     eval_data: str = setting("", "held-out rows, JSONL; empty: nothing is held out")
@@ -106,12 +106,12 @@ class Config:
     steps: int = setting(200, "rollouts, each with --updates_per_rollout optimizer updates")
     mix: str = setting("verifiable=16,preference=16,open=16", "prompts of each kind in a step")
     group_size: int = setting(8, "completions per prompt (G): their mean is noisy below 4")
-    max_new_tokens: int = setting(512, "longest answer of the player, tokens")
+    max_new_tokens: int = setting(512, "longest answer to a verifiable or open prompt, tokens")
     temperature: float = setting(1.0, "of rollouts; log-probs are taken at the same one")
     stop_tokens: str = setting("", "more stop tokens, comma-separated (a base model's chat)")
     rollout_tokens: int = setting(131072, "tokens in one batch of generate: bounds the KV cache")
     # judging
-    list_size: int = setting(4, "responses in a judge prompt: as many as preference rows have")
+    list_size: int = setting(4, "most responses in one judge prompt (preference and open)")
     judgements: int = setting(2, "judge prompts that show each open response; more: less noise")
     judge_max_new_tokens: int = setting(512, "longest judgement, tokens (critique and scores)")
     judge_prompt_tokens: int = setting(8192, "longest judge prompt; responses are cut to fit")
@@ -182,14 +182,15 @@ class Completion:
 class JudgePrompt:
     """A prompt that shows some responses and asks for their scores.
 
-    It is used twice. A preference task is one (`Group.judge`): its judgements are the completions
-    of the group, and are trained on. And the referee answers some about the completions of an open
-    group (`Group.judged`): those judgements are the `completions` here, and are never trained on.
+    It has two uses. In a preference task it is the task itself (`Group.judge`): the completions of
+    the group are its judgements, and they are trained on. In an open task several of them show the
+    group's completions to the referee (`Group.judged`): the referee's judgements are the
+    `completions` here, and they are never trained on.
     """
 
     prompt_ids: list[int]  # [P], ends where a completion begins
     limit: int  # new tokens of a judgement, at most
-    shown: list[int]  # shown[0] is the index of the response that is called A, and so on
+    shown: list[int]  # the response called A is number shown[0] of the row or group, and so on
     responses: list[str]  # their texts in this order, without thoughts, cut if they were too long
     completions: list[Completion] = field(default_factory=list)  # the referee's; see above
 
@@ -206,9 +207,9 @@ class Group:
     prompt_ids: list[int]  # [P], ends where a completion begins
     limit: int  # new tokens of a completion, at most
     truth: object = None  # verifiable: the answer; preference: true scores in the order shown
-    judge: JudgePrompt | None = None  # preference: the task itself; `completions` answer it
+    judge: JudgePrompt | None = None  # preference: the prompt whose answers are `completions`
     completions: list[Completion] = field(default_factory=list)
-    judged: list[JudgePrompt] = field(default_factory=list)  # open: they show `completions`
+    judged: list[JudgePrompt] = field(default_factory=list)  # open: prompts about `completions`
 
 
 # ================================================================================ 1 Format
@@ -258,7 +259,7 @@ def judge_messages(messages: list[dict], responses: list[str], nonce: str) -> li
     End with such a block for the responses A to B, and write nothing after it.
     """  # noqa: E501
     forged = forged_parts(nonce)
-    turns = clean_turns(messages, forged)
+    turns = clean_turns(messages, forged)  # in each turn, what imitates a part is broken apart
     instruction = turns[0]["content"]
     if len(turns) > 1:  # a conversation is shown with its roles
         named = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
@@ -348,7 +349,9 @@ def judge_prompt(row, texts: list[str], shown: list[int], tokenizer, rng, config
         if keep <= SHORTEST:
             raise ValueError(f"its judge prompt has {len(ids)} tokens, "
                              f"the budget is {config.judge_prompt_tokens}")
-        keep = max(SHORTEST, keep * 3 // 4)  # three quarters: few rounds, little lost
+        # Three quarters: few rounds, little lost. A text that is cut again loses its middle again,
+        # the old marker with it, so it never holds two markers.
+        keep = max(SHORTEST, keep * 3 // 4)
         for i, text in enumerate(responses):
             if len(text) > keep:
                 responses[i] = f"{text[: keep // 2]} [... cut ...] {text[-keep // 2 :]}"
@@ -406,7 +409,7 @@ class Actor:
         what is an answer. A template may write the opening <think> into the prompt. It is put in
         front of the completion then, so that thoughts that never end can be told from an answer."""
         text = self.tokenizer.decode([i for i in ids if i not in hidden_ids(self.tokenizer)])
-        # four tokens: the tag, if it is no token of its own, and white space behind it
+        # Four tokens hold a tag that is split into three ("<", "think", ">"), and a newline.
         opening = self.tokenizer.decode(prompt_ids[-4:]).rstrip() if prompt_ids else ""
         return "<think>" + text if opening.endswith("<think>") else text
 
@@ -462,9 +465,10 @@ def generate(model, prompts: list[list[int]], n: int, limits: list[int], tempera
                     logits = model(prompt + ids)[-1]
                     ids.append(draw(softmax(logits / temperature)))
 
-    The loop itself is transformers' `model.generate`. Three things of section 10 are plugged in: a
-    cache that holds every prompt once for its n rows; `Sampler`, which draws; and, for the speed of
-    a CPU alone, `blocked_weights`."""
+    The loop itself is transformers' `model.generate`. Three things of section 10 are plugged in.
+    The cache has computed every prompt once already, all but its last token, and its n rows share
+    it: so `generate` starts at that last token. `Sampler` draws the tokens. And `blocked_weights`
+    is for the speed of a CPU alone."""
     width, device = max(map(len, prompts)), model.device
     # Rows have different prompts: padding stands on the left, and the mask says where it is.
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
@@ -493,9 +497,10 @@ def generate(model, prompts: list[list[int]], n: int, limits: list[int], tempera
         raise BadInput("the model's logits are not numbers (NaN): its weights are damaged")
     completions = []
     for i, tokens in enumerate(out[:, width:].tolist()):
+        # generate pads finished rows with a stop token. So first drop all that lies behind the
+        # row's own limit: else a row that was cut there would seem to have stopped by itself. Then
+        # a completion ends with its first stop token.
         tokens = tokens[: limits[i // n]]
-        # A completion ends with its first stop token. What generate pads with is a stop token,
-        # too, so lengths come from the place of the first one and never from counting padding.
         end = next((k for k, token in enumerate(tokens, 1) if token in stop_ids), len(tokens))
         truncated = tokens[end - 1] not in stop_ids
         completions.append(Completion(tokens[:end], truncated, logprobs[i, :end]))
@@ -621,6 +626,8 @@ def sub_lists(members: list[int], size: int, rounds: int, rng: random.Random) ->
     for _ in range(rounds):
         mixed = rng.sample(members, len(members))
         lists += [mixed[i::count] for i in range(count)]
+        # Only the last list can have one member, where the size is 2 and the number of members is
+        # odd. There are other lists then, and mixed[0] is in the first of them.
         if len(lists[-1]) == 1:
             lists[-1].append(mixed[0])
     return lists
@@ -634,7 +641,9 @@ def pairwise_wins(group: Group) -> list[float]:
     an answer gets -1 if others of its group got a score. Without this rule it would get no signal
     and lose nothing, and policies learn to write such answers (docs/results.md: open quality falls
     from 0.92 to 0.81 between steps 100 and 200). If no list of the whole group parsed, that is the
-    referee's fault, and there is no signal (NaN) for any of its answers, empty ones included."""
+    referee's fault, and there is no signal (NaN) for any of its answers, empty ones included.
+    If fewer than two completions hold an answer, the referee is not asked. An answer that is alone
+    then gets 1 and the empty ones -1. If all are empty, all get -1."""
     wins = [[] for _ in group.completions]
     for question in group.judged:
         scores = question.scores(question.completions[0])
@@ -719,14 +728,16 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
     Metrics are sums over tokens, so that those of micro-batches can be added up, too."""
     mask = mask.to(logprobs.dtype)
     advantage = advantages.to(logprobs.dtype).unsqueeze(1)  # [B, 1]
-    # With one update per rollout the ratio is 1 in value: no other ratio or clip changes anything.
+    # With one update per rollout every ratio is 1 in value. Nothing is clipped then, so neither the
+    # clip nor another kind of ratio has an effect; but the gradient through the ratio is not 0.
     ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     per_token = -torch.min(ratio * advantage, clipped_ratio * advantage)  # [B, T]
     kl = torch.zeros_like(mask)
     if kl_coef:
-        # The k3 estimate: its mean is KL(policy || ref), it is never negative, and the mean of its
-        # gradient is that of KL(ref || policy). It is clamped because exp(90) is inf in float32.
+        # The k3 estimate of KL(policy || ref). Its mean over samples is that KL, and it is never
+        # negative. But its gradient is, in the mean, the gradient of KL(ref || policy) instead.
+        # exp(90) is inf in float32, so d is clamped well before that.
         d = (ref_logprobs - logprobs).masked_fill(mask == 0, 0).clamp(-20, 20)
         kl = d.exp() - d - 1
         per_token = per_token + kl_coef * kl
@@ -786,9 +797,10 @@ def completions_of(rows: list) -> list[Completion]:
 def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> list:
     """(prompt, completions) of groups -> micro-batches, lists of PackedRow. Completions share a
     row, so that their prompt is computed once. But every token meets the whole row, also the other
-    completions, which the mask then hides. So a row takes completions of at most twice its prompt's
-    length in all: with more, the hidden work costs as much as the shared prompt saves. Behind a
-    short prompt each completion has a row of its own."""
+    completions, which the mask then hides. For k completions of T tokens behind a prompt of P, one
+    row spares (k - 1) P^2 pairs of tokens in attention and adds k (k - 1) T^2 hidden ones. They
+    balance at k T = sqrt(k) P, which is 1.4 P for two and 2.8 P for eight completions: a row takes
+    2 P at most. Behind a short prompt each completion has a row of its own."""
     rows = []
     for prompt, completions in groups:
         longest = max(1, *(len(c.ids) for c in completions))
@@ -990,7 +1002,8 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
         for _ in range(config.updates_per_rollout if batches else 0):
             for batch in batches:
                 loss, metrics = batch_loss(policy.model, batch, total[config.aggregate], config)
-                # adds to the gradients, which are sums over the ranks
+                # This adds to the gradients, and sums them over the ranks. Where there are several
+                # copies of the weights, their sums are added only in the `last` micro-batch.
                 ranks.backward(policy.model, loss, last=batch is batches[-1])
                 for name, value in metrics.items():
                     sums[name] += value / config.updates_per_rollout
