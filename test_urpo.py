@@ -642,6 +642,23 @@ def test_who_counts(one_step, kl_coef):
     assert urpo.step_metrics(run.groups, run.sums, run.config, run.ranks)["length/open"] == lengths
 
 
+def test_kl_of_open_answers(one_step):
+    """Bug: what no truth pays is held to the reference no closer than the rest."""
+    run, weight = one_step(kl_coef=0.1, open_kl=7.0), {}
+    for group in run.groups:
+        weight |= dict.fromkeys(map(id, group.completions), 0.7 if group.judged else 0.1)
+    for call, loss in zip(run.trained, run.grpo_loss, strict=True):
+        expected = [weight[id(c)] for c in urpo.completions_of(call.args[1])]
+        assert loss.kl_coef.flatten().tolist() == pytest.approx(expected)
+    assert {*weight.values()} == {0.1, 0.7}
+
+    inputs = loss_inputs([3, 5])
+    both, _ = urpo.grpo_loss(*inputs, kl_coef=torch.tensor([[0.1], [0.7]]))
+    first, _ = urpo.grpo_loss(*[x[:1] for x in inputs], kl_coef=0.1)
+    second, _ = urpo.grpo_loss(*[x[1:] for x in inputs], kl_coef=0.7)
+    assert both.item() == pytest.approx((first + second).item() / 2)
+
+
 def test_seeds_of_steps_and_ranks(one_step):
     """Bug: ranks or steps that draw the same samples, or that show lists in the same order."""
     seeds, prompts, flags = set(), set(), dict(kl_coef=0, max_new_tokens=1, judge_max_new_tokens=1)

@@ -120,6 +120,7 @@ class Config:
     clip_low: float = setting(0.2, "the ratio may fall to 1 - clip_low (PPO)")
     clip_high: float = setting(0.2, "the ratio may rise to 1 + clip_high (DAPO: 0.28)")
     kl_coef: float = setting(0.01, "weight of the KL to the reference; 0: none is loaded")
+    open_kl: float = setting(1.0, "times --kl_coef for open answers, which no truth pays")
     aggregate: Literal["sequence", "token", "constant"] = setting("sequence", "GRPO, DAPO, Dr.GRPO")
     scale_std: bool = setting(True, "advantages over the group's std; false: as Dr. GRPO")
     mask_truncated: bool = setting(False, "cut completions: in the group's mean, not in the loss")
@@ -174,6 +175,7 @@ class Completion:
     reward: float = math.nan  # NaN: no signal
     advantage: float = 0.0
     in_loss: bool = False  # has a signal (and, with --mask_truncated, was not cut)
+    kl_times: float = 1.0  # its KL counts so many times: --open_kl where a referee paid it
     ref_logprobs: Tensor | None = None  # [T], of the frozen reference
     old_logprobs: Tensor | None = None  # [T], of the policy before its first update on them
 
@@ -578,34 +580,37 @@ def score_judgements(group: Group, config) -> list[tuple[str, float]]:
 def pay_by_referee(groups: list[Group], referee: Actor, config, rng):
     """Open: the referee is shown random lists of each group's answers, all in one greedy rollout,
     and the ranks that it gives are the rewards. In URPO the referee is the policy itself, with the
-    weights that sampled. These judgements have no truth, so they are never trained on."""
+    weights that sampled. These judgements have no truth, so they are never trained on.
+
+    What no truth pays can be held nearer to the reference, which answers what it is asked: the KL
+    of these completions counts --open_kl times. After 300 steps two policies of four found the one
+    answer that the referee likes best, and gave it to every instruction. With 5 times the KL the
+    one seed that was tried from the start did not, in 400 steps (docs/results.md)."""
     list_size = min(config.list_size, JUDGE.most)
-    questions = []
     for group in groups:
         texts = [completion.text for completion in group.completions]
         lists = sub_lists(answered(group), list_size, config.judgements, rng)
         group.judged = [judge_prompt(group.row, texts, shown, referee.tokenizer, rng, config)
                         for shown in lists]
-        questions += group.judged
-    rollout(referee, questions, 1, 0.0, config)
+    rollout(referee, [judge for group in groups for judge in group.judged], 1, 0.0, config)
     for group in groups:
         for completion, reward in zip(group.completions, pairwise_wins(group)):
             completion.reward = reward
+            completion.kl_times = config.open_kl
 
 
 def score_quality(group: Group, config) -> list[tuple[str, float]]:
     """True quality, where the source of a row has a ruler for it. No reward sees it."""
-    if group.row.get("source") not in TRUE_QUALITY:
+    quality = TRUE_QUALITY.get(group.row.get("source"))
+    if quality is None:
         return []
-    quality = TRUE_QUALITY[group.row["source"]]
     asked = group.row["prompt"][-1]["content"]
     return [("true_quality", quality(asked, c.text)) for c in group.completions]
 
 
 def answered(group: Group) -> list[int]:
     """The completions that hold an answer. An empty one gets -1 without being asked about."""
-    texts = [without_thoughts(completion.text) for completion in group.completions]
-    return [i for i, text in enumerate(texts) if text.strip()]
+    return [i for i, c in enumerate(group.completions) if without_thoughts(c.text)]
 
 
 def sub_lists(members: list[int], size: int, rounds: int, rng: random.Random) -> list[list[int]]:
@@ -713,6 +718,15 @@ def group_advantages(rewards: Tensor, scale_std: bool = True) -> Tensor:
     return advantages.where(highest > lowest, 0)
 
 
+def loss_counts(lengths: list[int], longest: int) -> dict[str, int]:
+    """What a loss over completions of these `lengths` is divided by, for each --aggregate."""
+    return {
+        "sequence": len(lengths),  # mean over the tokens of a completion, then over completions
+        "token": sum(lengths),  # mean over all tokens: long completions weigh more
+        "constant": len(lengths) * longest,  # no length that a policy could change favours it
+    }
+
+
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_low=0.2,
               clip_high=0.2, kl_coef=0.0, aggregate="sequence", denominator=None):
     """GRPO's clipped objective with a KL term (DeepSeekMath, equations 3 and 4) -> (loss, metrics).
@@ -721,9 +735,9 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
     The mask is 1 on the tokens of a completion, its stop token included, and 0 on padding.
 
     The losses of many micro-batches, on many ranks, must add up to the loss of one step. So all of
-    them divide by one `denominator`, which counts what the whole step holds: completions
-    ("sequence"), tokens ("token"), or completions times the longest length allowed ("constant").
-    If it is None, this batch is taken for the whole step, and T for the longest length.
+    them divide by one `denominator`, which is the `loss_counts` of the whole step. If it is None,
+    this batch is taken for the whole step, and T for the longest length. `kl_coef` is one number,
+    or one for each completion, [B, 1]; without `ref_logprobs` there is no KL.
 
     Metrics are sums over tokens, so that those of micro-batches can be added up, too."""
     mask = mask.to(logprobs.dtype)
@@ -734,7 +748,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     per_token = -torch.min(ratio * advantage, clipped_ratio * advantage)  # [B, T]
     kl = torch.zeros_like(mask)
-    if kl_coef:
+    if ref_logprobs is not None:
         # The k3 estimate of KL(policy || ref). Its mean over samples is that KL, and it is never
         # negative. But its gradient is, in the mean, the gradient of KL(ref || policy) instead.
         # exp(90) is inf in float32, so d is clamped well before that.
@@ -742,17 +756,13 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
         kl = d.exp() - d - 1
         per_token = per_token + kl_coef * kl
 
-    lengths = mask.sum(1)  # [B]
-    completions = (lengths > 0).sum()
     terms = per_token
-    if aggregate == "sequence":  # mean over the tokens of a completion, then over completions
-        terms = per_token / lengths.clamp(min=1).unsqueeze(1)
-        count = completions
-    elif aggregate == "token":  # mean over all tokens: long completions weigh more
-        count = lengths.sum()
-    else:  # "constant": no length in the denominator, so none is favoured
-        count = completions * mask.shape[1]
-    loss = (terms * mask).sum() / (denominator or count.clamp(min=1))
+    if aggregate == "sequence":  # first the mean over the tokens of each completion
+        terms = per_token / mask.sum(1, keepdim=True).clamp(min=1)
+    if denominator is None:
+        lengths = [length for length in mask.sum(1).tolist() if length]
+        denominator = max(1, loss_counts(lengths, mask.shape[1])[aggregate])
+    loss = (terms * mask).sum() / denominator
 
     with torch.no_grad():
         below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
@@ -936,16 +946,16 @@ def batch_loss(model, batch: list[PackedRow], denominator: float, config) -> tup
     by_completion = row_logprobs(model, batch, config.temperature)  # [T] each
     mask = padded([torch.ones_like(logprobs) for logprobs in by_completion])  # [B, T]
     logprobs = padded(by_completion)  # [B, T]
+    # With one update the policy is the very one that sampled, so these are the old log-probs: the
+    # ratio is 1, but its gradient is not 0.
+    old = logprobs.detach()
     if config.updates_per_rollout > 1:
         old = padded([c.old_logprobs for c in completions])
-    else:
-        # The policy is the very one that sampled, so these are the old log-probs: the ratio is 1,
-        # but its gradient is not 0.
-        old = logprobs.detach()
     ref = padded([c.ref_logprobs for c in completions]) if config.kl_coef else None
+    kl_coef = config.kl_coef * torch.tensor([[c.kl_times] for c in completions], device=mask.device)
     advantages = torch.tensor([c.advantage for c in completions], device=mask.device)
     loss, metrics = grpo_loss(logprobs, old, ref, advantages, mask, clip_low=config.clip_low,
-                              clip_high=config.clip_high, kl_coef=config.kl_coef,
+                              clip_high=config.clip_high, kl_coef=kl_coef,
                               aggregate=config.aggregate, denominator=denominator)
     sampled = padded([c.sampled_logprobs for c in completions]).to(mask.device)
     gap = (old - sampled).abs() * mask  # of two programs with the same weights: rounding alone
@@ -977,12 +987,11 @@ def urpo_step(policy: Actor, referee: Actor, reference, optimizer, rows: list[di
     with ranks.unsharded(referee.model), ranks.timed(sums, "judge_s"):
         pay_all(groups, referee, config, random.Random(f"{seed}/judge/{ranks.rank}"))
 
-    # 4 Advantage. `total` holds what the loss is divided by, for each --aggregate: counts over the
-    # whole step, all micro-batches and ranks.
+    # 4 Advantage. The loss is divided by a count over the whole step, all micro-batches and ranks.
     set_advantages(groups, config)
-    counted = [c for c in completions_of(groups) if c.in_loss]
-    total = ranks.sum({"sequence": len(counted), "token": sum(len(c.ids) for c in counted)})
-    total["constant"] = total["sequence"] * max(config.max_new_tokens, config.judge_max_new_tokens)
+    lengths = [len(c.ids) for c in completions_of(groups) if c.in_loss]
+    longest = max(config.max_new_tokens, config.judge_max_new_tokens)
+    total = ranks.sum(loss_counts(lengths, longest))
 
     # 5 Log-probs of the reference and the old policy: they stay the same during the updates.
     trained = [[c for c in group.completions if needs_forward(c, config)] for group in groups]
