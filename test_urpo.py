@@ -73,9 +73,8 @@ def tiny(arch="Qwen2", tied=False, scale=2.5, seed=0, **settings):
     config = getattr(transformers, f"{arch}Config")(**defaults | settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=urpo.ATTENTION)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(scale if weight.dim() > 1 else 1)
+    for weight in model.parameters():
+        weight.data *= scale if weight.dim() > 1 else 1
     return model.eval()
 
 
@@ -202,10 +201,9 @@ def one_step(settings, monkeypatch):
         run.before = weights(policy.model)
 
         def spy(calls, real, *args, **kwargs):
-            out, grad = real(*args, **kwargs), torch.is_grad_enabled()
-            call = dict(args=args, out=out, grad=grad, weights=weights(policy.model))
-            calls.append(SimpleNamespace(**call, **kwargs))
-            return out
+            seen = dict(grad=torch.is_grad_enabled(), weights=weights(policy.model))
+            calls.append(SimpleNamespace(args=args, **seen, **kwargs))
+            return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
             for name in ("sample", "row_logprobs", "grpo_loss"):
@@ -240,23 +238,20 @@ def test_sampler_and_trainer_agree(arch, tied):
     """Bug: shifted log-probs, other temperatures, orders, limits, settings, weights; NaN; stops."""
     model, prompts, limits = tiny(arch, tied), prompts_of(3, 70, 6, 2, 11), [5, 9, 5, 40, 9]
     model.generation_config.update(**UNASKED)
-    kept, cold, stops = model.generation_config, [], list(range(0, 97, 12))
+    kept, stops = model.generation_config, list(range(0, 97, 12))
     torch.manual_seed(0)
     for temperature in (0.7, 0.0, 0.7):
         out = urpo.sample(model, prompts, 3, limits, temperature, stops, max_tokens=300)
         for prompt, limit, completions in zip(prompts, limits, out):
             assert len(completions) == 3
-            heat = temperature or 1.0
             for c in completions:
                 assert not set(c.ids[:-1]) & set(stops) and c.truncated == (c.ids[-1] not in stops)
                 assert len(c.ids) == limit or len(c.ids) < limit and not c.truncated
-                plain = plain_logprobs(model, prompt, c.ids, heat)
+                plain = plain_logprobs(model, prompt, c.ids, temperature or 1.0)
                 assert torch.allclose(c.sampled_logprobs, plain, atol=1e-4)
-                cold.append((plain_logprobs(model, prompt, c.ids) - plain).abs().max())
                 logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1]
                 assert temperature or logits.argmax(-1).tolist() == c.ids
         model.get_input_embeddings().weight.data *= 1.1  # as an optimizer does, in place
-    assert max(cold) > 0.1  # the temperature matters, so the comparison can fail
     assert model.generation_config is kept and kept.top_k == 1
     model.get_output_embeddings().weight.data[7] = NAN
     assert re.search("NaN.*weights", refused(urpo.sample, model, prompts, 2, limits, 1.0, [3]))
@@ -595,13 +590,12 @@ def test_what_is_rewarded_gets_likelier(one_step, aggregate, updates):
     best = lambda group: [float(i == 2) for i in range(len(group.completions))]  # noqa: E731
     flags = dict(aggregate=aggregate, updates_per_rollout=updates, kl_coef=0, learning_rate=0.1)
     run = one_step(rewards=best, sgd=True, **flags)
-    start = AutoModelForCausalLM.from_pretrained(run.config.model)
+    models = AutoModelForCausalLM.from_pretrained(run.config.model), run.policy.model
     for group in run.groups:
         gains = []
         for c in group.completions:
-            after = plain_logprobs(run.policy.model, group.prompt_ids, c.ids)
-            before = plain_logprobs(start, group.prompt_ids, c.ids)
-            gains.append((after - before).sum().item())
+            before, after = (plain_logprobs(m, group.prompt_ids, c.ids).sum() for m in models)
+            gains.append((after - before).item())
         assert gains[2] > 0 and gains[2] == max(gains)
 
 
