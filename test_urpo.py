@@ -1001,8 +1001,8 @@ EVAL_FIELDS = [f"eval/{name}{error}" for name in EVAL_FIELDS for error in ("", "
 
 
 def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
-    """Bug: missing steps or fields, a seed not heeded, a lossy resume, kinds listed by hand, a
-    learning rate that stays in its warm-up."""
+    """Bug: missing steps or fields, a seed not heeded, a finished run overwritten, kinds listed by
+    hand, a learning rate that stays in its warm-up."""
     pay = paying(lambda g: [float(c.text in g.row["prompt"][0]["content"]) for c in g.completions])
     score = lambda group, config: [("copied_accuracy", len(c.ids)) for c in group.completions]  # noqa: E731
     monkeypatch.setitem(KINDS, "copied", urpo.Kind(urpo.open_group, pay, score))
@@ -1030,20 +1030,12 @@ def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
     assert steps[0]["kl"] < 1e-6 and steps[3]["kl"] > 1e-4  # the reference is not the policy
     samples = {(s["step"], s["kind"]) for s in lines_of(run, "samples.jsonl")}
     assert samples == {(step, kind) for step in (1, 4, 6) for kind in KINDS}
-    assert read(run / "config.json")["steps"] == 6
+    assert sorted(os.listdir(run / "checkpoints")) == ["step-4", "step-6"]
 
     assert "holds a run: --resume true" in refused(urpo.train, settings(**flags))
-    with monkeypatch.context() as patch:  # a kill while old checkpoints are removed
-        patch.setattr(shutil, "rmtree", lambda path, **options: None)
-        other = urpo.train(settings(**flags | dict(out=tmp_path / "other", seed=5))).parent
-    expected, before = weights_of(final), metrics_of(run)
-    assert saved_steps(other) == [4, 6] and metrics_of(other)[1] != before[1]
-    (run / "checkpoints/step-6/.metadata").unlink()  # as if killed while it was written
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "in": {"a": 1}')  # half a line
-    urpo.train(settings(**flags, resume=True))
-    assert metrics_of(run) == before and torch.equal(weights_of(final), expected)
-    assert sorted(os.listdir(run / "checkpoints")) == ["step-4", "step-6"]
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)  # killed while it removes
+    other = urpo.train(settings(**flags | dict(out=tmp_path / "other", seed=5))).parent
+    assert saved_steps(other) == [4, 6] and metrics_of(other)[1] != metrics_of(run)[1]
 
 
 def test_what_is_loaded(settings, folder, monkeypatch, tmp_path):
@@ -1144,19 +1136,16 @@ def test_what_happens_to_folders(settings, monkeypatch):
 FLAGS = [("--bogus 1", "--bogus"), ("--grou 4", "--grou"), ("--preset big", "preset big"),
          ("--model m", "--data"), ("--group_size 1", "group_size"), ("--list_size 1", "list_size"),
          ("--judgements 0", "judgements"), ("--temperature 0", "temperature")]
-UNFIT = """temperature=inf temperature=nan learning_rate=-1 kl_coef=-0.1 kl_coef=nan steps=0
-    eval_rows=-1 save_every=-1 eval_every=-1 shard_size=-1 max_grad_norm=inf rollout_tokens=0"""
+UNFIT = "temperature=inf learning_rate=-1 kl_coef=nan steps=0 eval_rows=-1 rollout_tokens=0"
 FLAGS += [("--" + flag.replace("=", " "), flag.split("=")[0]) for flag in UNFIT.split()]
 LONG = dict(prompt=turn("w1 " * 5000))  # two tokens a word, the context has 8,192
 SYSTEM = dict(prompt=turn("w1", "system") + turn("w2"))
 BAD_RUNS = [  # flags, rows, what the line must say
     ({"data": "typo.jsonl"}, ROWS, "typo.jsonl.*data_prep.py"),
     ({"out": "rows.jsonl/run"}, ROWS, "--out rows.jsonl/run: .*Not a directory"),
-    ({"preset": "tiny", "data": "typo"}, ROWS, "typo"), ({"model": "no/such"}, ROWS, "no/such"),
-    ({"referee": "no/such"}, ROWS, "no/such"), ({"shard_size": 2}, ROWS, "2 does not divide the 1"),
-    ({"mix": "1:1:1"}, ROWS, "mix 1:1:1"), ({"mix": "open=0"}, ROWS, "mix"),
-    ({"mix": "open=-1"}, ROWS, "mix"), ({"mix": "opne=1"}, ROWS, "mix opne=1.*verifiable=16"),
-    ({"stop_tokens": "nosuch"}, ROWS, "nosuch"), ({"device": "mps"}, ROWS, "--device mps"),
+    ({"model": "no/such"}, ROWS, "no/such"), ({"referee": "no/such"}, ROWS, "no/such"),
+    ({"shard_size": 2}, ROWS, "2 does not divide the 1"), ({"device": "mps"}, ROWS, "--device mps"),
+    ({"mix": "opne=1"}, ROWS, "mix opne=1.*verifiable=16"), ({"stop_tokens": "no"}, ROWS, "no"),
     ({}, [], "no rows"), ({}, ROWS[:2], "no rows of kind open"),
     ({}, [*ROWS[:2], ROWS[2] | LONG], ":3: prompt"), ({}, [row_of("essay", "w1")], ":1: kind"),
     ({}, [row_of("verifiable", "w1 " * 4078, answer="1"), *ROWS[1:3]], ":1: prompt.*leaves 8184"),
@@ -1184,7 +1173,7 @@ def test_flags(monkeypatch):
     """Bug: unknown or abbreviated flags, values that cannot work; presets deaf to the hardware."""
     for arguments, message in FLAGS:
         assert message in refused(urpo.parse, ["--device", "cpu", *arguments.split()])
-    assert urpo.parse(["--preset", "small", "--lr_warmup", "1"]).lr_warmup == 1
+    assert urpo.parse(["--preset", "small", "--data", "mine"]).data == "mine"
     assert urpo.parse(["--device", "cpu"]).preset == "tiny"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for world, preset in (("1", "tiny"), ("8", "7b")):
@@ -1266,7 +1255,7 @@ def test_every_epoch_has_its_order():
     assert sorted(first) == sorted(second) == rows and first != second
 
 
-@pytest.mark.parametrize("module", ["urpo", "eval"])
+@pytest.mark.parametrize("module", ["urpo", "data_prep", "eval"])
 def test_doctests(module):
     """Bug: worked examples that have rotted."""
     failed, tried = doctest.testmod(sys.modules[module])
@@ -1620,12 +1609,9 @@ def test_bad_input_is_one_line(prepared, monkeypatch):
     assert len(os.listdir("out")) == 2  # and no temporary file
 
 
-@pytest.mark.parametrize(
-    "mix", ["16:16:16", "open=0", "opn=1", "open=1,open=2", "open=1,", "open=-1"]
-)
+@pytest.mark.parametrize("mix", "16:16:16 open=0 open=1,open=2 open=1, open=-1".split())
 def test_mix_names_its_kinds(mix):
     """Bug: a new kind breaks every mix, or a mix with a slip trains on something else."""
-    assert doctest.testmod(data_prep).failed == 0
     assert "--mix" in refused(data_prep.mix_counts, mix, KINDS)
 
 
@@ -2524,13 +2510,15 @@ def test_ranks_skip_together(config):
 # ------------------------------------------------------------------------ checkpoints, and the end
 def test_resume_on_another_number_of_ranks(config, data):
     """State is lost when shards change, a bit differs on as many; half a checkpoint is used."""
-    config = dataclasses.replace(config, eval_data=data, eval_every=2, eval_rows=3)
+    config = dataclasses.replace(config, eval_data=data, eval_every=2, eval_rows=3, lr_warmup=3)
     on_ranks(2, job_train, config)
     first = Path(config.out)
     before, after = weights_of(config.model), weights_of(first / "final")
     for world, shard in [(1, 0), (2, 0), (4, 0), (4, 2)]:
         run = shutil.copytree(first, first.with_name(f"on-{world}-{shard}"))
         (run / "checkpoints/step-4/.metadata").unlink()  # as if killed in the middle of this save
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"step": 5, "in": {"a": 1}')  # half a line
         again = dataclasses.replace(config, out=str(run), resume=True, shard_size=shard)
         on_ranks(world, job_train, again)
         drift = (weights_of(run / "final") - after).norm() / (after - before).norm()
@@ -2544,11 +2532,11 @@ def test_resume_on_another_number_of_ranks(config, data):
 def test_kill(settings, tmp_path, trials):
     """A kill costs a checkpoint, repeats a step, alters a bit or hangs; threads alter a bit."""
     model = save(tmp_path / "wide", scale=1.0, hidden_size=256)
-    batch = dict(mix=mix(0, 4), group_size=8, judge_max_new_tokens=32, microbatch_tokens=1024)
+    batch = dict(mix=mix(0, 2, 2), group_size=8, judge_max_new_tokens=32, microbatch_tokens=1024)
     config = settings(model=model, save_every=1, learning_rate=1e-2, **batch)
     on_ranks(2, job_train, config, False, threads=2)
     first = Path(config.out)
-    assert "reward/preference" in (line := metrics_of(first)[0]) and "reward/open" not in line
+    assert "reward/open" in (line := metrics_of(first)[0]) and "reward/verifiable" not in line
     expected, end = weights_of(first / "final"), (first / "final").stat().st_mtime
     took = end - (first / "config.json").stat().st_mtime  # without the start of Python
     for trial in range(trials):
