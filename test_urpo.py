@@ -1912,13 +1912,11 @@ PROBLEMS = [  # row, its answer, what a model says, is it right?
       for answer, said, right in (
         ("1,-2", "-2, 1", 1), ("1,-2", "1,-2,3", 0), ("(1,2), (3,4)", "(1,4), (3,2)", 0),
         ("1,1", "1,2", 0), ("1000, 2", "2, 1,000", 1)))]
-DICE = random.Random(0)
-FAKES = [  # responses, what a judge says of those shown; score, strict, flip, parsed
-    (2, lambda shown: [9 if text == "good" else 2 for text in shown], [100, 100, 0, 100]),
-    (2, lambda shown: [7, 7], [50, 0, 0, 100]), (2, lambda shown: [9, 3], [50, 50, 100, 100]),
-    (2, lambda shown: [0, 0], [50, 0, None, 0]), (4, lambda shown: [0] * len(shown), [25]),
-    (2, lambda shown: DICE.sample(range(1, 11), 2), []), (4, lambda shown: [7] * len(shown), [25]),
-    (4, lambda shown: [8] * len(shown), [25])]
+FAKES = [  # Ties of RewardBench 2, what a judge says of those shown; score, strict, flip, parsed
+    ("", lambda shown: [9 if text == "good" else 2 for text in shown], [100, 100, 0, 100]),
+    ("", lambda shown: [7, 7], [50, 0, 0, 100]), ("", lambda shown: [9, 3], [50, 50, 100, 100]),
+    ("", lambda shown: [0, 0], [50, 0, None, 0]), ("ref", lambda shown: [0, 0], [25, 0, None, 0]),
+    ("ref tied", lambda shown: [7] * len(shown), [25, 0, 0, 100])]
 # fmt: on
 
 
@@ -1930,9 +1928,9 @@ def test_eval_problems(tmp_path, row, answer, said, right):
     assert evaluators.check_answer(data_prep.verify_answer, said, answer) == right
 
 
-@pytest.mark.parametrize("size, judge, expected", FAKES)
-def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected):
-    """Bug: one order only, failures as ties, verdicts not turned back, orders that know it."""
+@pytest.mark.parametrize("ties, judge, expected", FAKES)
+def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, ties, judge, expected):
+    """Bug: one order only, failures as ties, verdicts not turned back, half a Ties is scored."""
     said, real = [], urpo.judge_prompt
 
     def judge_prompt(row, texts, order, *rest):
@@ -1944,31 +1942,23 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, size, judge, expected
 
     monkeypatch.setattr(urpo, "judge_prompt", judge_prompt)
     monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
-    subset, wrong = {2: "hep-go", 4: "Math"}[size], ["bad", "worse", "no"][: size - 1]
-    whole = judge([1]) != [8]  # else Ties has no complete pair of ref and tied
+    subset, wrong = ("Math", ["bad", "worse", "no"]) if ties else ("hep-go", ["bad"])
     pair = dict(chosen=["good"], rejected=wrong, num_correct=1)
-    rows = [dict(prompt=f"w{i}", **pair) for i in range(40 if expected else 400)]
-    for k in range(3 if size == 4 else 0):  # Ties: more responses than a judge prompt has labels
-        for kind, n in (("ref", 1), ("tied", 30))[: 1 + whole]:
-            good = dict(chosen=["good"] * n, rejected=["bad"], num_correct=n)
-            rows.append(dict(prompt=f"w{k}", subset="Ties", id=f"{kind}:{k}", **good))
+    rows = [dict(prompt=f"w{i}", **pair) for i in range(40)]
+    for kind, k in itertools.product(ties.split(), range(3)):
+        n = 30 if kind == "tied" else 1  # more responses than a judge prompt has labels
+        good = dict(chosen=["good"] * n, rejected=["bad"], num_correct=n)
+        rows.append(dict(prompt=f"w{k}", subset="Ties", id=f"{kind}:{k}", **good))
     source = write_rows(tmp_path / f"{subset}.jsonl", rows)
-    results, out = evaluate("rewardbench", lists=source, v2=size == 4)
-    scores = results["scores"]
-    values = [scores[f"all lists, {x}"]["value"] for x in ("score", "strict", "flip", "parsed")]
-    if size == 4:
-        assert scores["subset Math"]["value"] == expected[0]
-        ties = {"value": 0, "error": 0, "n": 3, "note": "at most 101"}
-        assert scores["subset Ties"] == ties if whole else scores["subset Ties"]["error"] is None
-        assert scores["mean of six subsets"]["value"] is None  # four are missing
-    elif expected:
-        assert values == expected
-    else:
-        assert abs(values[0] - 50) < 10 and abs(values[2] - 50) < 10
-        assert 0 < scores["all lists, score"]["error"] < 3
+    results, out = evaluate("rewardbench", lists=source, v2=bool(ties))
+    values = {name: score["value"] for name, score in results["scores"].items()}
+    assert [values[f"all lists, {x}"] for x in ("score", "strict", "flip", "parsed")] == expected
     official = read(out / "eval-set/local/m.json")
-    assert ("Ties" in official) == (size == 4 and whole)
-    assert official[subset] == scores[f"subset {subset}"]["value"] / 100
+    assert official[subset] == values[f"subset {subset}"] / 100 == expected[0] / 100
+    assert official.get("Ties") == values.get("subset Ties") == (0 if "tied" in ties else None)
+    assert values.get("mean of six subsets") is None  # four are missing
+    if ties:
+        assert results["scores"]["subset Ties"]["n"] == (3 if "tied" in ties else 0)
 
 
 @pytest.fixture
@@ -2103,21 +2093,15 @@ def test_eval_what_is_not_asked(evaluate, folder, tmp_path):
 OUTPUT = '{"instruction": "w1", "output": "w2"}'
 
 
-@pytest.mark.parametrize("said, opened", [("\\boxed{7}", 0), ("1</think>\\boxed{7}", 1)])
-@pytest.mark.parametrize("cut", [0, 1])
-def test_eval_thoughts(evaluate, monkeypatch, tmp_path, said, opened, cut):
+@pytest.mark.parametrize("said, right", [("{}", 1), ("<think>1</think>{}", 1), ("<think>{}", 0)])
+def test_eval_thoughts(evaluate, monkeypatch, tmp_path, said, right):
     """Bug: a template opens the thoughts, and what stands in them is paid, shown or a verdict."""
-    said, right = said.replace("1</think>", "") if cut else said, not cut  # they never end
-    scores = block("A: 9", "B: 1")
-    texts = {(2,): said, (3,): said.replace("\\boxed{7}", scores)}
-    said_by = lambda ids, prompt: "<think>" * bool(prompt) + texts[(*ids,)]  # noqa: E731
-    actor = SimpleNamespace(text=said_by)
-    answers = {}
-    for what, ids in (("RewardBench", [3]), ("x", [2]), ("AlpacaEval", [2])):
-        answers[what] = evaluators.spoken(actor, [1] if cut or opened else [], [Completion(ids)])
+    actor = SimpleNamespace(text=lambda ids, prompt_ids: f"{prompt_ids} and {ids}")
+    assert evaluators.spoken(actor, [1], [Completion([2])])[0]["text"] == "[1] and [2]"
 
     def answer(self, what, model, prompts, *how):
-        return [answers[what]] * len(prompts)
+        final = block("A: 9", "B: 1") if what == "RewardBench" else "\\boxed{7}"
+        return [[{"text": said.format(final), "truncated": False}]] * len(prompts)
 
     monkeypatch.setattr(evaluators.Evaluation, "texts", answer)
     problems = write_rows(tmp_path / "x.jsonl", [{"problem": "w1?", "answer": "7"}])
