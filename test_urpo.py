@@ -1790,8 +1790,8 @@ def test_eval_switch_parser_and_prompt():
     assert digest == "c76fb7b745b734d3c5dcede275a86654f7c83dcd2ff3b5389afd11151fb7fdce"
 
 
-def test_eval_length_controlled(monkeypatch):
-    """Bug: a wrong feature, weight, row or fit; an error without the fit's; difficulty by row."""
+def test_eval_length_controlled():
+    """Bug: a wrong feature, weight, row or fit; an error without the fit's."""
     noise = torch.randn(180, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (x, d, z), n = noise[:60].T, noise[60:]
     y, lengths = torch.sigmoid(-0.8 * x + 0.5 * d + 0.3 + 0.3 * z), (300 * x).round()
@@ -1810,9 +1810,9 @@ def test_eval_length_controlled(monkeypatch):
     assert score.value == pytest.approx(100 * torch.sigmoid(own[:, 1:] @ w[1:]).mean().item())
     # an ordinary bootstrap of other draws has the same error
     table = torch.stack([y, lengths, d], 1)
-    draws = [torch.tensor(random.Random(i).choices(range(60), k=60)) for i in range(300)]
-    draws = torch.tensor([evaluators.length_controlled(table[draw], gamed) for draw in draws])
-    assert score.error == pytest.approx(draws.std().item(), rel=0.2) and score.error > 1
+    draws = table[torch.randint(60, (300, 60), generator=torch.Generator().manual_seed(1))]
+    error = torch.tensor([evaluators.length_controlled(draw, gamed) for draw in draws]).std().item()
+    assert score.error == pytest.approx(error, rel=0.2) and score.error > 1
     better = [row | {"preference": 0.1 + 0.95 * row["preference"]} for row in rows]
     better = evaluators.length_control(better, d.tolist(), gamed)
     gain = evaluators.combined([better, score], [1, -1])
@@ -1820,24 +1820,27 @@ def test_eval_length_controlled(monkeypatch):
     itself = torch.tensor([[0.5, 0, 1.0], [0.5, 0, -1]], dtype=torch.float64)
     assert evaluators.length_controlled(itself, gamed) == 50  # the reference against itself
     for column, value, expected in ((0, NAN, NAN), (1, 5, NAN), (0, 1, 100)):  # 1: no optimum
-        changed = table.clone()
-        changed[:, column] = value
-        got = evaluators.length_controlled(changed, gamed)
+        got = evaluators.length_controlled(table.index_fill(1, torch.tensor(column), value), gamed)
         assert got == pytest.approx(expected, abs=0.1, nan_ok=True)
 
-    monkeypatch.setattr(evaluators, "DRAWS", 3)
-    order, known = [row["instruction"] for row in rows], (gamed, d.tolist())
-    name, part = "length-controlled win rate", evaluators.length_controlled(table[1:], gamed)
-    table[1:, 2] = d[:-1]  # published scores of rows that are not all there: as alpaca_eval counts
-    by_row = evaluators.length_controlled(table[1:], gamed)
-    assert by_row != pytest.approx(part, abs=0.01)
-    for some, *values in ((rows[::-1], score.value, score.value), (rows[1:], part, by_row)):
-        for published, value in enumerate(values):
-            got = evaluators.alpaca_scores(some, order, known, published)[name]
-            assert got.value == pytest.approx(value) and ("by row" in got.note) == (value == by_row)
-    for unknown in ((rows, order, None), (rows, [], known), (rows, [*order, "w99"], known)):
-        got = evaluators.alpaca_scores(*unknown)[name]
-        assert str(got) == "missing" and "needs" in got.note
+
+# fmt: off
+LEVELS = [  # rows, the set, are they published?, their difficulties: a has 1, b has 2, c has 3
+    ("cba", "abc", 1, [3, 2, 1]), ("bc", "abc", 0, [2, 3]), ("abc", "", 0, None),
+    ("abc", "abcd", 0, None), ("abd", "abc", 0, None),
+    ("bc", "abc", 1, [1, 2])]  # by row, as alpaca_eval has them
+# fmt: on
+
+
+@pytest.mark.parametrize("instructions, order, published, levels", LEVELS)
+def test_eval_difficulties(monkeypatch, instructions, order, published, levels):
+    """Bug: a row has the difficulty of another one, or is scored although it has none."""
+    fit = lambda rows, levels, gamed: evaluators.Score(levels)  # noqa: E731
+    monkeypatch.setattr(evaluators, "length_control", fit)
+    rows = [dict(instruction=letter, preference=1.5) for letter in instructions]
+    score, *_ = evaluators.alpaca_scores(rows, [*order], ("a table", [1, 2, 3]), published).values()
+    assert score.value == levels if levels else "needs --reference" in score.note
+    assert ("by row" in score.note) == (levels == [1, 2])
 
 
 def test_eval_rewardbench_sections():
