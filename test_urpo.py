@@ -139,7 +139,7 @@ def words(flags):
     """Flags as a command line says them."""
     found = []
     for name, value in flags.items():
-        found += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+        found += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return found
 
 
@@ -336,7 +336,7 @@ DEVICES = [  # --device, GPUs that torch sees, LOCAL_RANK under torchrun, what i
     ("", 2, "", "cuda:0 this GPU only emulates bfloat16"), ("cuda", 2, "1", "cuda:1 this"),
     ("cuda:1", 2, "", "cuda:1 this"), ("cpu", 2, "1", "cpu "), ("cuda", 0, "", "no such"),
     ("cuda:1", 2, "1", "torchrun"), ("", 2, "2", "no such"), ("cuda:256", 2, "", "no such"),
-    ("mps", 0, "", "expected"), ("xpu", 2, "", "expected"), ("foo", 0, "", "expected cpu, cuda or")]
+    ("mps", 0, "", "expected cpu, cuda or")]
 # fmt: on
 
 
@@ -414,7 +414,7 @@ def test_packed_equals_plain(arch, tied, tokens, chunk, monkeypatch):
 
 def test_probe_of_packed_rows(monkeypatch):
     """Bug: bfloat16 rounds, and right models are refused (by luck of the probe's ids); completions
-    that see each other pass, or logits that are not the head's."""
+    that see each other pass."""
     models = [tiny(arch, scale=s) for s in (1, 4) for arch in ("Qwen2", "Llama", "GPT2")]
     models += [tiny(arch, scale=s).bfloat16() for s in (1, 4) for arch in ("Llama", "GPT2")]
     rough = tiny("Llama", scale=30, num_hidden_layers=8).bfloat16()
@@ -428,8 +428,6 @@ def test_probe_of_packed_rows(monkeypatch):
 
     for model in choices():
         urpo.check_packing(model)
-    granite = tiny("Granite", logits_scaling=3.0).bfloat16()
-    assert re.search("granite.*nats", refused(urpo.check_packing, granite))
     real = urpo.packed_inputs
 
     def causal(rows, device):
@@ -444,7 +442,6 @@ def test_probe_of_packed_rows(monkeypatch):
 # ====================================================================== advantages and loss
 # fmt: off
 ADVANTAGES = [  # rewards, advantages, and without --scale_std
-    ([1, 0, 0, 0], [1.5, -0.5, -0.5, -0.5], [0.75, -0.25, -0.25, -0.25]),
     ([9, 5, 5, 5], [1.5, -0.5, -0.5, -0.5], [3, -1, -1, -1]),
     ([1, 3, NAN, 2], [-1, 1, 0, 0], [-1, 1, 0, 0]),
     ([1, NAN, NAN, 0], [0.5**0.5, 0, 0, -(0.5**0.5)], [0.5, 0, 0, -0.5]),
@@ -1868,14 +1865,13 @@ def evaluate(folder, tmp_path, monkeypatch):
 
     def run(command, **flags):
         flags = dict(model=folder, out_dir=tmp_path / "evals", name="m", device="cpu") | flags
-        arguments = [command, *["--verifier", "plain"] * (command == "reasoning")]
+        if command == "reasoning":
+            flags = {"verifier": "plain"} | flags
         if flags["model"]:  # its context is short
             short = {"rewardbench": "judge_max_new_tokens"}.get(command, "max_new_tokens")
             flags = {short: 64} | flags
-        for flag, value in flags.items():
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            arguments += [] if value in ("", False) else [f"--{flag}", *map(str, values)]
-        evaluators.main(arguments)
+        given = {flag: value for flag, value in flags.items() if value != ""}
+        evaluators.main([command, *words(given)])
         results = (tmp_path / "evals").glob(f"{flags['name'] or '*'}/{command}*/**/results.json")
         newest = max(results, key=os.path.getmtime, default=None)  # of two models there is none
         return newest and (read(newest), newest.parent)
@@ -1942,7 +1938,7 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, ties, judge, expected
         good = dict(chosen=["good"] * n, rejected=["bad"], num_correct=n)
         rows.append(dict(prompt=f"w{k}", subset="Ties", id=f"{kind}:{k}", **good))
     source = write_rows(tmp_path / f"{subset}.jsonl", rows)
-    results, out = evaluate("rewardbench", lists=source, v2=bool(ties))
+    results, out = evaluate("rewardbench", lists=source, v2=[] if ties else "")  # it has no value
     values = {name: score["value"] for name, score in results["scores"].items()}
     assert [values[f"all lists, {x}"] for x in ("score", "strict", "flip", "parsed")] == expected
     official = read(out / "eval-set/local/m.json")
@@ -2674,17 +2670,11 @@ def test_load_and_export(config, tmp_path, arch, options):
 
 @GPU
 def test_kernels_of_a_gpu(settings):
-    """cuda:1 runs on cuda:0; cuDNN's NaN gradients of masked rows; a kernel takes another mask."""
+    """cuda:1 runs on cuda:0; cuDNN, of NaN gradients, is in use; a kernel takes another mask."""
     last = torch.cuda.device_count() - 1
     config, draw = settings(device=f"cuda:{last}"), random.Random(0).choices
     ranks = urpo.Ranks(config)
     assert ranks.device.index == last and not torch.backends.cuda.cudnn_sdp_enabled()
-
-    noise = torch.rand(1, 4, 192, 64, device=ranks.device, dtype=torch.bfloat16)
-    query, key = (30 + noise).requires_grad_(), (-30 - noise).requires_grad_()
-    mask = torch.ones(192, 192, dtype=torch.bool, device=ranks.device).tril()[None, None]
-    torch.nn.functional.scaled_dot_product_attention(query, key, key, mask).sum().backward()
-    assert query.grad.isfinite().all() and key.grad.isfinite().all()
 
     model, prompt = ranks.load(config.model, config, trainable=False), draw(range(97), k=100)
     with torch.no_grad():
