@@ -51,7 +51,6 @@ import time
 import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Literal
 from unittest.mock import patch  # replaces an attribute for a while, and puts it back for sure
@@ -78,8 +77,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_prep import LABELS, TRUE_QUALITY, VERIFIERS, BadInput, apply_template, batch_rows
 from data_prep import break_apart, clean_turns, delimiters, forged_parts, held_out_table, hidden_ids
-from data_prep import in_one_line, load_config, load_tokenizer, mean_and_error
-from data_prep import mix_counts, rows_by_kind, trivial_scores, without_thoughts
+from data_prep import in_one_line, load_config, load_tokenizer, mean_and_error, mix_counts
+from data_prep import rows_by_kind, trivial_scores, without_thoughts
 from data_prep import verify_answer  # noqa: F401  (it belongs to what this file offers)
 
 
@@ -1042,10 +1041,10 @@ def observations(group: Group, config) -> list[tuple[str, float]]:
     see("length", *[len(c.ids) for c in group.completions])
     see("truncated", *[c.truncated for c in group.completions])
 
+    # open: the referee's judgements of the group; verifiable: none
+    judgements = [(judge, c) for judge in group.judged for c in judge.completions]
     if group.judge:  # preference: the completions of the group are judgements
-        judgements = [(group.judge, completion) for completion in group.completions]
-    else:  # open: the referee's judgements of the group; verifiable: none
-        judgements = [(judge, c) for judge in group.judged for c in judge.completions]
+        judgements = [(group.judge, c) for c in group.completions]
     for judge, judgement in judgements:
         scores = judge.scores(judgement)
         see("parse_rate", scores is not None)
@@ -1057,10 +1056,9 @@ def observations(group: Group, config) -> list[tuple[str, float]]:
             for label, score in zip(LABELS, scores):
                 see(f"slot_score_{label}", score)
 
-    scored = KINDS[kind].score(group, config)
-    for name, value in scored:
+    for name, value in KINDS[kind].score(group, config):
         see(name, value)
-    quality = [value for name, value in scored if name == "true_quality"]
+    quality = [value for name, value in seen if name == f"true_quality/{kind}"]
     # only if every completion has both, or the two lists would not be about the same ones
     if len(rewards) == len(quality) and len(set(quality)) > 1:
         see("reward_tau", ranking_reward(rewards, quality))
@@ -1179,7 +1177,7 @@ class Ranks:
         if cuda or torchrun:
             if not dist.is_initialized():
                 alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
-                wait = timedelta(minutes=30)  # for the other ranks: a rollout, a slow disk
+                wait = dist.default_pg_timeout  # 30 minutes, for a rollout; NCCL's own are 10
                 dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **alone)
             shape = (shard,) if shard == self.world else (self.world // shard, shard)
             names = ("replicate", "shard")[-len(shape) :]
@@ -1524,10 +1522,8 @@ class Log:
 
     def samples(self, step: int, groups: list[Group]):
         """Write the first group of each kind to samples.jsonl, and print its last completion."""
-        firsts = {}
-        for group in groups:
-            firsts.setdefault(group.row["kind"], group)
-        for kind, group in firsts.items():
+        first = {group.row["kind"]: group for group in reversed(groups)}
+        for kind, group in first.items():
             judged = []
             for question in group.judged:
                 [said] = question.completions
@@ -1550,8 +1546,7 @@ class Log:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         evals = [m for m in map(json.loads, lines) if "loss" not in m]
         if evals:  # none, if a finished run was resumed
-            for line in held_out_table(evals[0], evals[-1], trivial_scores(held_out)):
-                self.say(line)
+            self.say("\n".join(held_out_table(evals[0], evals[-1], trivial_scores(held_out))))
 
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # kill, Ctrl-C, a terminal that closes
@@ -1646,7 +1641,8 @@ MAY_CHANGE = """steps eval_every eval_rows save_every device shard_size microbat
 
 def claim_folder(config: Config, ranks: Ranks):
     """-> the run's folder, the same on all ranks; what its config.json shall hold; and its lock:
-    one run at a time. The kernel frees it when the file is closed, also after a kill."""
+    one run at a time. The kernel frees it when the file is closed, also after a kill. Rank 0 locks
+    for all: models are loaded before anybody writes, and that no rank can do alone."""
     name = time.strftime(f"runs/{config.preset or 'run'}-%Y%m%d-%H%M%S")
     config.out = ranks.gather(config.out or name)[0]
     folder = Path(config.out)
@@ -1664,14 +1660,9 @@ def claim_folder(config: Config, ranks: Ranks):
                                    "if that is meant, --changed true goes on")
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
-        taken = False
-        try:
-            if ranks.main:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            taken = True
-        if any(ranks.gather(taken)):  # and all have looked, before one of them writes
-            raise BadInput(f"{folder}: another run is at work there")
+    if ranks.main:
+        with in_one_line(f"{folder}: another run is at work there"):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return folder, settings, lock
 
 
@@ -1701,8 +1692,7 @@ def step_metrics(groups: list[Group], sums: dict[str, float], config, ranks: Ran
     metrics["peak_rss_mib"] = peak / (2**20 if sys.platform == "darwin" else 1024)  # bytes or KiB
     if ranks.device.type == "cuda":
         metrics["peak_cuda_mib"] = max(ranks.gather(torch.cuda.max_memory_allocated() / 2**20))
-    observed = [pair for group in groups for pair in observations(group, config)]
-    found = ranks.collect(observed)
+    found = ranks.collect([pair for group in groups for pair in observations(group, config)])
     means = {name: statistics.fmean(values) for name, values in found.items()}
     slots = [name for name in found if re.fullmatch("slot_score_./open", name)]
     # The mean score of a place in the referee's lists. Of fewer than 20 lists it would be noise.
