@@ -51,6 +51,7 @@ import time
 import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Literal
 from unittest.mock import patch  # replaces an attribute for a while, and puts it back for sure
@@ -148,7 +149,7 @@ HUB = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl", verifier="ma
            microbatch_tokens=16384, gradient_checkpointing=True)
 TINY = str(Path(__file__).resolve().parent / "assets/tiny")
 PRESETS = {
-    # Two cores, four minutes. A mean over tokens measured a little better here than one over
+    # Two cores, four to six minutes. A mean over tokens measured a little better here than one over
     # sequences (docs/results.md).
     "tiny": dict(model=TINY, data=f"{TINY}/train.jsonl.gz", eval_data=f"{TINY}/heldout.jsonl.gz",
                  steps=100, mix="verifiable=28,preference=8,open=16", learning_rate=4e-4,
@@ -718,11 +719,15 @@ def group_advantages(rewards: Tensor, scale_std: bool = True) -> Tensor:
 
 
 def loss_counts(lengths: list[int], longest: int) -> dict[str, int]:
-    """What a loss over completions of these `lengths` is divided by, for each --aggregate."""
+    """What a loss over completions of these `lengths` is divided by, for each --aggregate.
+
+    >>> loss_counts([2, 4], longest=10)
+    {'sequence': 2, 'token': 6, 'constant': 20}
+    """
     return {
         "sequence": len(lengths),  # mean over the tokens of a completion, then over completions
         "token": sum(lengths),  # mean over all tokens: long completions weigh more
-        "constant": len(lengths) * longest,  # no length that a policy could change favours it
+        "constant": len(lengths) * longest,  # no length that a policy can change stands here
     }
 
 
@@ -1177,7 +1182,7 @@ class Ranks:
         if cuda or torchrun:
             if not dist.is_initialized():
                 alone = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
-                wait = dist.default_pg_timeout  # 30 minutes, for a rollout; NCCL's own are 10
+                wait = timedelta(minutes=30)  # for the other ranks: a rollout, a slow disk
                 dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **alone)
             shape = (shard,) if shard == self.world else (self.world // shard, shard)
             names = ("replicate", "shard")[-len(shape) :]
