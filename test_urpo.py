@@ -294,15 +294,25 @@ def test_draws_follow_the_policy():
 
 def test_dropout_and_mode(settings, tmp_path):
     """Bug: dropout; another mode or the sampler's weights stay; layers computed again in vain."""
-    folder, work = save(tmp_path / "m", attention_dropout=0.3), []
-    for again in (False, True):
-        model = urpo.Ranks(settings()).load(folder, settings(gradient_checkpointing=again), True)
-        with FlopCounterMode(display=False) as counter:
+    folder = save(tmp_path / "m", attention_dropout=0.3)
+    work, kept = {}, Counter()
+    for recompute in ("nothing", "cheap", "layers"):
+
+        def keep(tensor, recompute=recompute):
+            kept[recompute] += tensor.numel()
+            return tensor
+
+        model = urpo.Ranks(settings()).load(folder, settings(recompute=recompute), True)
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
             first, second = (completion_logprobs(model, [5, 6, 7], [[8, 9]])[0] for _ in range(2))
             (first + second).sum().backward()
-        work.append(counter.get_total_flops())
+        work[recompute] = counter.get_total_flops()
         assert model.training and torch.equal(first, second)
-    assert 1.2 < work[1] / work[0] < 4 / 3
+    assert work["nothing"] == work["cheap"] < work["layers"] / 1.2 < work["cheap"] * 4 / 3 / 1.2
+    assert kept["nothing"] > 2 * kept["cheap"]
     for training in (True, False):
         model = tiny(attention_dropout=0.5).train(training)
         [[one], [two]] = urpo.sample(model, prompts_of(4) * 2, 1, [6, 6], 0, [3])
@@ -555,7 +565,7 @@ def test_step_does_not_depend_on_micro_batches(one_step, aggregate):
     """Bug: a denominator for each micro-batch; a sign, shift or mask: it is not REINFORCE."""
     flags = dict(rewards=by_length, aggregate=aggregate, sgd=True, kl_coef=0.1, learning_rate=1.0)
     few = one_step(**flags)
-    many = one_step(**flags, microbatch_tokens=60, gradient_checkpointing=True)
+    many = one_step(**flags, microbatch_tokens=60, recompute="layers")
     assert len(many.grpo_loss) > len(few.grpo_loss)
     change, other = few.after - few.before, many.after - many.before
     assert change.norm() > 0 and (change - other).norm() <= 1e-4 * change.norm()
@@ -2458,7 +2468,7 @@ def test_one_two_and_four_ranks_agree(config, tmp_path, aggregate):
     arch = "GPT2" if aggregate == "sequence" else "Llama"  # FSDP finds layers by type, not name
     config.model = save(tmp_path / "model", arch, scale=1.5, tied=aggregate == "token")
     if aggregate == "token":
-        config.kl_coef, config.updates_per_rollout, config.gradient_checkpointing = 0.1, 2, True
+        config.kl_coef, config.updates_per_rollout, config.recompute = 0.1, 2, "layers"
     [(gradient, before, after)] = on_ranks(1, job_steps, config)
     change = (after - before).norm()
     for world, config.shard_size in [(2, 0), (4, 0 if aggregate == "constant" else 2)]:

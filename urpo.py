@@ -130,7 +130,7 @@ class Config:
     max_grad_norm: float = setting(1.0, "the gradient norm is clipped here")
     # memory
     microbatch_tokens: int = setting(2048, "tokens in a training forward; longer rows go alone")
-    gradient_checkpointing: bool = setting(False, "compute layers twice: slower, least memory")
+    recompute: Literal["nothing", "cheap", "layers"] = setting("cheap", "in backward: less memory")
     shard_size: int = setting(0, "ranks that share one copy of the weights (a node's); 0: all")
     # what is written
     eval_every: int = setting(20, "steps between held-out evaluations and samples; 0: none")
@@ -146,7 +146,7 @@ LEAST = dict(group_size=2, list_size=2, judgements=1, temperature=0.01, updates_
              microbatch_tokens=1)
 # What the presets with a model from the Hub have in common.
 HUB = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl", verifier="math_verify",
-           microbatch_tokens=16384, gradient_checkpointing=True)
+           microbatch_tokens=16384, recompute="layers")
 TINY = str(Path(__file__).resolve().parent / "assets/tiny")
 PRESETS = {
     # Two cores, four to six minutes. A mean over tokens measured a little better here than one over
@@ -154,7 +154,7 @@ PRESETS = {
     "tiny": dict(model=TINY, data=f"{TINY}/train.jsonl.gz", eval_data=f"{TINY}/heldout.jsonl.gz",
                  steps=100, mix="verifiable=28,preference=8,open=16", learning_rate=4e-4,
                  aggregate="token", max_new_tokens=16, judge_max_new_tokens=64, list_size=3,
-                 eval_every=25, eval_rows=200),
+                 recompute="nothing", eval_every=25, eval_rows=200),
     "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB),  # one GPU of 24 GB
     # Eight GPUs of 80 GB. A base model stops at <|endoftext|>, but its chat template ends a turn
     # with <|im_end|>: without that stop token answers would run on into a next turn.
@@ -433,16 +433,8 @@ def rollout(actor: Actor, prompts: list[Group | JudgePrompt], n: int, temperatur
 def sample(model, prompts: list[list[int]], n: int, limits: list[int], temperature: float,
            stop_ids: list[int], max_tokens=131072, progress="") -> list[list[Completion]]:
     """n completions for each prompt, of at most `limits` new tokens; temperature 0 is greedy.
-    Batches fill `max_tokens` of cache: decoding costs nearly the same for few rows as for many."""
-    # Prompts of similar length share a batch, for little padding. The first of a batch is longest.
-    waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]), reverse=True)
-    batches = []
-    while waiting:
-        longest = len(prompts[waiting[0]]) + n * max(limits)  # tokens of a prompt and its group
-        count = max(1, max_tokens // longest)
-        batches.append(waiting[:count])
-        waiting = waiting[count:]
-
+    A batch takes as many prompts as fit into a cache of `max_tokens` (rollout_batches)."""
+    batches = rollout_batches(prompts, n, limits, max_tokens, model.device)
     results = {}
     was_training = model.training
     # In training mode transformers' gradient checkpointing would throw the cache away (and other
@@ -1123,8 +1115,9 @@ ALARMS = [  # metric, lowest and highest healthy value, what is wrong and what h
 
 
 # ========================================================================== 8 Ranks and checkpoints
-# What backward finds kept without --gradient_checkpointing: matrix products and sdpa's kernels. The
-# elementwise rest is computed again: half the memory for a few per cent of the time.
+# What backward finds kept with --recompute cheap: matrix products and sdpa's kernels. The cheap
+# elementwise rest is computed again: half the memory for a few per cent of the time. With `layers`
+# nothing but the input of each layer is kept, with `nothing` all of it.
 KEPT = [getattr(torch.ops.aten, name).default for name in (
     "mm", "addmm", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")]
@@ -1239,9 +1232,10 @@ class Ranks:
         read_weights(model.to_empty(device=self.device), name, self)
         if trainable:
             how = {"use_reentrant": False}
-            if not config.gradient_checkpointing:
+            if config.recompute == "cheap":
                 how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, KEPT)
-            model.activation_checkpointing_enable(how)
+            if config.recompute != "nothing":
+                model.activation_checkpointing_enable(how)
             model.train()
         check_packing(model)
         if self.fsdp:
@@ -1641,7 +1635,7 @@ def train(config: Config) -> Path:
 # What may change when a run goes on: its length, what is written when, and how the work is divided
 # (which can change draws, but not what they are drawn from). All else would make it another run.
 MAY_CHANGE = """steps eval_every eval_rows save_every device shard_size microbatch_tokens
-    rollout_tokens gradient_checkpointing preset out resume changed""".split()
+    rollout_tokens recompute preset out resume changed""".split()
 
 
 def claim_folder(config: Config, ranks: Ranks):
@@ -1736,6 +1730,27 @@ def parse(arguments: list[str]) -> Config:
 ATTENTION = "urpo"  # transformers' name for group_attention; its own "sdpa" stays as it is
 
 
+def rollout_batches(prompts: list[list[int]], n: int, limits: list[int], max_tokens: int,
+                    device) -> list[list[int]]:
+    """The numbers of the prompts, in batches whose cache has at most `max_tokens` tokens.
+
+    A GPU decodes many rows in nearly the time of few. So a batch takes all that fits. A CPU works
+    for every row, also for one that has long ended, until the whole batch has. So answers of 16
+    tokens do not share a batch with judgements of 64 there: the tiny world's rollout takes half the
+    time."""
+    # Prompts of similar length stand together, for little padding.
+    waiting = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i])), reverse=True)
+    batches = []
+    while waiting:
+        longest = max(len(prompts[i]) for i in waiting) + n * max(limits)  # a prompt and its group
+        count = max(1, max_tokens // longest)
+        if device.type == "cpu":
+            count = min(count, sum(limits[i] == limits[waiting[0]] for i in waiting))
+        batches.append(waiting[:count])
+        waiting = waiting[count:]
+    return batches
+
+
 class Sampler:
     """A logits processor that draws every token itself and keeps its log-prob at temperature T
     (0: greedy, log-probs at T = 1). It has all that a draw needs, keeps exactly the log-prob that
@@ -1762,9 +1777,9 @@ class Sampler:
 
 class SharedPromptLayer(transformers.DynamicLayer):
     """A cache layer that holds each prompt once, and apart from it the new tokens of its n
-    completions. `parts` are the ordinary cache layers of the prompts, [1, kv heads, p, head dim];
-    shorter ones are padded on the left to P places. New tokens are written into memory that was
-    taken at the start (`room`). A DynamicLayer would copy all it has for every new token."""
+    completions. `parts` are ordinary cache layers, [k, kv heads, p, head dim] for k prompts of one
+    length; shorter ones are padded on the left to P places. New tokens are written into memory that
+    was taken at the start (`room`). A DynamicLayer would copy all it has for every new token."""
 
     def __init__(self, parts: list[transformers.DynamicLayer], places: int, n: int, room: int):
         super().__init__()
@@ -1789,23 +1804,30 @@ class SharedPromptLayer(transformers.DynamicLayer):
         return self.keys, self.values
 
 
+PREFILL_TOKENS = 8192  # in one forward of prompts: one judge prompt, at its longest by default
+
+
 def prompt_cache(model, prompts: list[list[int]], n: int, room: int) -> transformers.Cache:
     """One cache for n completions of each prompt, with `room` for their new tokens. It holds all of
-    a prompt but its last token: `model.generate` needs one token to begin with. Each prompt has a
-    forward of its own, which needs no padding, and the memory of one prompt at a time."""
-    waiting = []  # for each prompt its layers
-    for prompt in prompts:
-        cache = transformers.DynamicCache()
-        ids = torch.tensor([prompt[:-1]], device=model.device)
-        # of the whole model, not of its base_model: FSDP starts from the outermost module
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        waiting.append(cache.layers)
+    a prompt but its last token: `model.generate` needs one token to begin with. Prompts of one
+    length share a forward, which needs no padding then. The others have one of their own."""
+    waiting = []  # the layers of each forward
+    for length, equal in itertools.groupby(prompts, len):
+        equal = list(equal)
+        together = max(1, PREFILL_TOKENS // length)
+        for i in range(0, len(equal), together):
+            ids = [prompt[:-1] for prompt in equal[i : i + together]]
+            cache = transformers.DynamicCache()
+            # of the whole model, not of its base_model: FSDP starts from the outermost module
+            model(torch.tensor(ids, device=model.device), past_key_values=cache, use_cache=True,
+                  logits_to_keep=1)
+            waiting.append(cache.layers)
     places = max(map(len, prompts)) - 1
     layers = []
     while waiting[0]:
         # Layer by layer, so that the parts of a layer are freed once it is put together: to keep
         # them all would hold the prompts twice, for 7B another 15 GB.
-        parts = [layers_of_prompt.pop(0) for layers_of_prompt in waiting]
+        parts = [layers_of_forward.pop(0) for layers_of_forward in waiting]
         layers.append(SharedPromptLayer(parts, places, n, room))
     return transformers.Cache(layers=layers)
 
