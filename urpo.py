@@ -129,7 +129,7 @@ class Config:
     lr_warmup: int = setting(5, "steps of linear warm-up: Adam's early second moments are noise")
     max_grad_norm: float = setting(1.0, "the gradient norm is clipped here")
     # memory
-    microbatch_tokens: int = setting(2048, "tokens in a training forward; longer rows go alone")
+    microbatch_tokens: int = setting(1024, "tokens in a training forward; longer rows go alone")
     recompute: Literal["nothing", "cheap", "layers"] = setting("cheap", "in backward: less memory")
     shard_size: int = setting(0, "ranks that share one copy of the weights (a node's); 0: all")
     # what is written
@@ -154,7 +154,7 @@ PRESETS = {
     "tiny": dict(model=TINY, data=f"{TINY}/train.jsonl.gz", eval_data=f"{TINY}/heldout.jsonl.gz",
                  steps=100, mix="verifiable=28,preference=8,open=16", learning_rate=4e-4,
                  aggregate="token", max_new_tokens=16, judge_max_new_tokens=64, list_size=3,
-                 recompute="nothing", eval_every=25, eval_rows=200),
+                 microbatch_tokens=2048, recompute="nothing", eval_every=25, eval_rows=200),
     "small": dict(model="Qwen/Qwen2.5-0.5B-Instruct", **HUB),  # one GPU of 24 GB
     # Eight GPUs of 80 GB. A base model stops at <|endoftext|>, but its chat template ends a turn
     # with <|im_end|>: without that stop token answers would run on into a next turn.
@@ -805,12 +805,15 @@ def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> l
     row, so that their prompt is computed once. But every token meets the whole row, also the other
     completions, which the mask then hides. For k completions of T tokens behind a prompt of P, one
     row spares (k - 1) P^2 pairs of tokens in attention and adds k (k - 1) T^2 hidden ones. They
-    balance at k T = sqrt(k) P, which is 1.4 P for two and 2.8 P for eight completions: a row takes
-    2 P at most. Behind a short prompt each completion has a row of its own."""
+    balance at k T = sqrt(k) P, which is 1.4 P for two and 2.8 P for eight completions: completions
+    take 2 P of a row at most. Behind a short prompt each of them has a row of its own. A row has at
+    most `max_tokens`; only where a prompt takes more than half of that, the row may be twice as
+    long as the prompt."""
     rows = []
     for prompt, completions in groups:
         longest = max(1, *(len(c.ids) for c in completions))
-        room = min(2 * len(prompt), max_tokens - len(prompt))
+        row_tokens = max(max_tokens, 2 * len(prompt))
+        room = min(2 * len(prompt), row_tokens - len(prompt))
         together = max(1, room // longest)
         for i in range(0, len(completions), together):
             rows.append(PackedRow(prompt, completions[i : i + together]))
