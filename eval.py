@@ -1,7 +1,6 @@
 """The paper's three scores, counted as the official evaluators do; curves and samples of runs.
 
     python eval.py alpaca      --model M --judge J         AlpacaEval 2: win rates
-    python eval.py alpaca      --outputs FILE --judge J    of answers from elsewhere
     python eval.py alpaca      --annotations A.json B.json of judgements from elsewhere
     python eval.py rewardbench --model M                   M is the judge; --lists: other data
     python eval.py reasoning   --model M                   answers to --problems
@@ -24,6 +23,7 @@ import argparse
 import csv
 import gc
 import hashlib
+import html
 import importlib.util
 import json
 import math
@@ -36,7 +36,7 @@ import textwrap
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -47,8 +47,9 @@ from tqdm.auto import tqdm
 
 import data_prep
 import urpo
-from data_prep import BadInput, in_one_line, without_thoughts
-from tools.runs import WIDTH, curves, cut, print_table, read_verdict, samples
+from data_prep import LABELS, BadInput, in_one_line, without_thoughts
+
+WIDTH = 100  # columns of what is printed: a terminal beside an editor
 
 
 # ================================================================================= Scores
@@ -123,16 +124,16 @@ TOP = 5  # the likeliest tokens of the judge are looked at, as the official conf
 class Evaluation:
     """One model: what it and its judge are asked, and the results. Alike on every rank."""
 
-    def __init__(self, options: Namespace, ranks: urpo.Ranks, name: str, model: str, file: str):
-        own = {"name": name, "model": model, "annotations": file}
-        self.options, self.ranks = Namespace(**vars(options) | own), ranks
-        self.rehearsal = False  # what is wrong is found, nothing is asked or written
+    def __init__(self, options: Namespace, ranks: urpo.Ranks, name: str, model: str):
+        self.options, self.ranks = options, ranks
+        self.name, self.model = name, model  # with --annotations the model is the file of them
         self.home = Path(options.out_dir) / name
         self.trial = f"-limit{options.limit}" if options.limit else ""
-        self.loaded = "", None  # a model's name, its actor
+        self.rehearsal = False  # what is wrong is found, nothing is asked or written
+        self.loaded, self.actor = "", None  # the model or the judge, whichever is in memory
         shared = "device", "rollout_tokens", "max_new_tokens", "judge_max_new_tokens"
         self.config = urpo.Config(**{setting: getattr(options, setting) for setting in shared})
-        self.check_owner("model.json", model or options.outputs)
+        self.check_owner("model.json", model)
 
     def check_owner(self, path: str, model: str):
         """BadInput if this file says that the folder it is in belongs to another model."""
@@ -150,82 +151,80 @@ class Evaluation:
 
         if self.rehearsal:  # empty answers: enough to see whether what follows would fit
             return [[{"text": "", "truncated": False}] * n] * len(prompts)
-        # what decides an answer, besides its prompt
         decides = ["text", identity(model), limit, n, self.options.stop_tokens, temperature]
         decides += [self.options.seed] if temperature else []
-        chunks = self.chunks(prompts, decides, max(1, CHUNK // n))
-        self.fill(what, model, chunks, answer)
-        return self.collect(chunks, len(prompts))
+        return self.ask(what, model, prompts, decides, max(1, CHUNK // n), answer)
 
     def duels(self, judge: str, prompts: list) -> list:
         """For each prompt [P] the likeliest next tokens [[text, log-prob], ...], or None."""
-        chunks = self.chunks(prompts, ["duel", identity(judge)], CHUNK)
-        self.fill("duels", judge, chunks, likeliest_tokens)
-        return self.collect(chunks, len(prompts))
+        if self.rehearsal:
+            return [None] * len(prompts)
+        return self.ask("duels", judge, prompts, ["duel", identity(judge)], CHUNK, likeliest_tokens)
 
-    def chunks(self, prompts: list, decides: list, size: int) -> dict[str, dict[int, list[int]]]:
-        """File -> the prompts that are asked together, by their places. Those that do not fit the
-        context are in no chunk, nor those that there is nothing to ask about."""
+    def ask(self, what: str, model: str, prompts: list, decides: list, size: int, answer) -> list:
+        """What `answer(actor, prompts of a chunk)` gives for each prompt, in their order. A prompt
+        that is None does not fit the context, of an empty one there is nothing to ask: None.
+        `decides` is all that an answer depends on, besides the prompts of its chunk."""
         places = [i for i, ids in enumerate(prompts) if ids]
         places.sort(key=lambda i: len(prompts[i]))  # alike: little padding
-        chunks = {}
-        for start in range(0, 0 if self.rehearsal else len(places), size):
+        chunks = {}  # file -> the prompts that are asked together, by their places
+        for start in range(0, len(places), size):
             chunk = {i: prompts[i] for i in places[start : start + size]}
             question = json.dumps([decides, start, *chunk.values()])  # start: twins are two chunks
             chunks[f"answers/{digest(question)}.json"] = chunk
-        return chunks
 
-    def fill(self, what: str, model: str, chunks: dict, answer):
-        """Ask for the chunks that are not kept yet; the ranks take turns."""
         # every rank sees the same files, and takes every world-th of the missing ones
         missing = [file for file in chunks if not (self.home / file).exists()]
         self.ranks.gather(None)  # all have looked
         if missing:
-            self.write("model.json", identity(self.options.model or self.options.outputs))
-            if self.loaded[0] != model:
-                self.drop_model()  # before the next one comes
-                own = model == self.options.model  # the judge has its own stop tokens
-                self.config.stop_tokens = self.options.stop_tokens if own else ""
-                self.loaded = model, urpo.load_actor(model, self.config, self.ranks, False)
+            self.write("model.json", identity(self.model))
+            self.load(model)
             mine = missing[self.ranks.rank :: self.ranks.world]
-            with self.ranks.unsharded(self.loaded[1].model):
+            with self.ranks.unsharded(self.actor.model):
                 for file in tqdm(mine, what, disable=not self.ranks.main):
                     torch.manual_seed(int(digest(file), 16) % 2**63)  # --seed is in the name
-                    self.write(file, answer(self.loaded[1], [*chunks[file].values()]))
+                    self.write(file, answer(self.actor, [*chunks[file].values()]))
         self.ranks.gather(None)  # all have written
 
-    def collect(self, chunks: dict, count: int) -> list:
-        """The answers in the order of the prompts, None where there is none."""
-        answers = [None] * count
+        answers = [None] * len(prompts)
         for file, chunk in chunks.items():
             with in_one_line(f"{self.home / file}: damaged; without it we ask again", TypeError):
-                found = json.loads((self.home / file).read_bytes())
-                for place, answer in zip(chunk, found, strict=True):
-                    answers[place] = answer
+                kept = json.loads((self.home / file).read_bytes())
+                for place, found in zip(chunk, kept, strict=True):
+                    answers[place] = found
         return answers
 
+    def load(self, model: str):
+        """The model or its judge: one of them at a time is in memory."""
+        if self.loaded != model:
+            self.drop_model()
+            own = model == self.model  # the judge has its own stop tokens
+            self.config.stop_tokens = self.options.stop_tokens if own else ""
+            self.actor = urpo.load_actor(model, self.config, self.ranks, False)
+            self.loaded = model
+
     def drop_model(self):
-        self.loaded = "", None
+        self.loaded, self.actor = "", None
         gc.collect()  # a sharded model refers to itself: no longer named, it would still be there
 
     def write(self, name: str, value):
-        """Whole or not at all; by rank 0, but for answers."""
+        """Whole or not at all; by rank 0, but for answers, of which every rank has its own."""
         if (self.ranks.main or name.startswith("answers/")) and not self.rehearsal:
             path = self.home / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another command has its own
+            # The same command may run twice at once: each process has a draft of its own.
+            draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             draft.write_text(json.dumps(value, indent=1, allow_nan=False))
             draft.replace(path)
 
     def finish(self, folder: str, scores: dict[str, Score], notes: dict) -> dict[str, Score]:
         """Write results.json, say where and what is to be noted -> the scores."""
-        command = self.options.command
         git = subprocess.run("git describe --always --dirty || echo unknown", shell=True, text=True,
                              cwd=Path(__file__).parent, capture_output=True).stdout.strip()
-        flags = {f: vars(self.options)[f] for of, f, *_ in FLAGS if command in of.split()}
         self.write(f"{folder}/results.json", {
             "scores": {name: score.record() for name, score in scores.items()}, "notes": notes,
-            "settings": flags | {"command": command}, "trial": bool(self.trial), "git": git,
+            "settings": vars(self.options) | {"name": self.name, "model": self.model},
+            "trial": bool(self.trial), "git": git,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
         if self.ranks.main and not self.rehearsal:
             said = ", ".join(f"{value} {name}" for name, value in notes.items())
@@ -498,29 +497,32 @@ def alpaca_scores(annotations: list[dict], order: list[str], table, published=Fa
 
 def alpaca(run: Evaluation) -> dict[str, Score]:
     """AlpacaEval 2: win rates against a reference. Read, judge, count."""
-    # ---- read: judgements, or answers, or the questions alone
+    # ---- read: judgements, or the questions and what answers are compared with
     options, notes, reference = run.options, Counter(), []
     table = read_gamed(options.gamed) if options.gamed else None
     if options.tiny:
-        reference = tiny_reference(options)
+        reference = tiny_reference(options.lists[0])
     elif options.reference or not options.annotations:
         reference = read_rows(options.reference or HUB, "instruction", "output")
     order = list(dict.fromkeys(row["instruction"] for row in reference))
+
+    # ---- judge
     if options.annotations:
-        annotations = read_annotations(options.annotations)[: options.limit or None]
+        annotations = read_annotations(run.model)[: options.limit or None]
     else:
-        # ---- judge
-        answers = given_answers if options.outputs else own_answers
-        pairs = answers(run, reference[: options.limit or None], notes)
-        if not options.judge and not options.tiny:
-            return run.finish(f"alpaca{run.trial}", {}, {"answers, not judged": len(pairs)})
-        annotations = annotate(run, pairs, notes)
+        annotations = answer_all(run, reference[: options.limit or None], notes)
+        if options.tiny:
+            judge_by_truth(annotations)
+        elif options.judge:
+            judge_all(run, annotations, notes)
+        else:
+            return run.finish(f"alpaca{run.trial}", {}, {"answers, not judged": len(annotations)})
 
     # ---- count
     annotator = annotations[0]["annotator"]
     scores = alpaca_scores(annotations, order, table, bool(options.annotations))
     note = f"judged by {annotator}"
-    if options.judge and identity(options.judge) == identity(options.model):
+    if options.judge and identity(options.judge) == identity(run.model):
         note += ", which is the model itself"
     scores["win rate"] = scores["win rate"]._replace(note=note)
     counts = win_rates(annotations)[2]
@@ -535,72 +537,49 @@ def read_annotations(file: str) -> list[dict]:
     return [missing | row for row in rows]
 
 
-def given_answers(run: Evaluation, reference: list[dict], notes: Counter) -> list[tuple]:
-    """(reference, output) pairs with the same instruction to the letter, as the official tool joins
-    them. What finds no other half is counted."""
-    outputs = read_rows(run.options.outputs, "instruction", "output")
-    of = {row["instruction"]: row for row in reversed(outputs)}  # of two the first counts
-    pairs = [(row, of.pop(row["instruction"])) for row in reference if row["instruction"] in of]
-    notes["rows of the reference without an output"] = len(reference) - len(pairs)
-    notes["outputs that the reference has no row for, to the letter"] = len(of)
-    notes["outputs to an instruction that had one before"] = len(outputs) - len(of) - len(pairs)
-    if not pairs:
-        raise BadInput(f"{run.options.outputs}: no instruction in common with the reference: there "
-                       f"{reference[0]['instruction'][:60]!r}, here {[*of][0][:60]!r}")
-    return pairs
-
-
-def own_answers(run: Evaluation, reference: list[dict], notes: Counter) -> list[tuple]:
-    """Ask the model -> pairs; its outputs are for `alpaca_eval --model_outputs`, too."""
-    options, pairs = run.options, []
+def answer_all(run: Evaluation, reference: list[dict], notes: Counter) -> list[dict]:
+    """Ask the model -> rows of the official annotations.json, but for the verdict. Its outputs are
+    written for `alpaca_eval --model_outputs`, too."""
+    options, rows, outputs = run.options, [], []
     limit, chats = options.max_new_tokens, [data_prep.chat(r["instruction"]) for r in reference]
-    prompts = prompts_of(options.model, chats, urpo.encode, limit, "AlpacaEval")
-    answers = run.texts("AlpacaEval", options.model, prompts, limit, 1, options.temperature)
+    prompts = prompts_of(run.model, chats, urpo.encode, limit, "AlpacaEval")
+    answers = run.texts("AlpacaEval", run.model, prompts, limit, 1, options.temperature)
     for row, answer in zip(reference, answers):
         if answer:
             output = without_thoughts(answer[0]["text"]).strip()
-            own = {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
-            pairs.append((row, own | {"output": output, "generator": options.name}))
-    run.write(f"alpaca{run.trial}/model_outputs.json", [output for _, output in pairs])
+            asked = {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
+            outputs.append(asked | {"output": output, "generator": run.name})
+            rows.append(asked | {
+                "output_1": row["output"], "generator_1": row.get("generator", "reference"),
+                "output_2": output, "generator_2": run.name})
+    run.write(f"alpaca{run.trial}/model_outputs.json", outputs)
     notes["not asked: longer than the model's context"] = prompts.count(None)
-    return pairs
+    return rows
 
 
-def annotate(run: Evaluation, pairs: list[tuple[dict, dict]], notes: Counter) -> list[dict]:
-    """The verdicts on all pairs, as the official annotations.json has them."""
-    judge, annotations = run.options.judge, []
-    annotator = f"weighted_alpaca_eval_{short_name(judge)}" if judge else "true_quality"
+def judge_all(run: Evaluation, rows: list[dict], notes: Counter):
+    """Add `annotator` and `preference` to the rows, judged in the official way: one token, m or M,
+    in the order that is_switched draws. Equal outputs are a draw, and not asked about."""
+    def make(tokenizer, row: dict) -> list[int]:
+        shown = [row["output_1"], row["output_2"]]
+        if shown[0] == shown[1]:
+            return []
+        if is_switched(row["instruction"]):
+            shown.reverse()
+        return urpo.encode(tokenizer, duel_prompt(row["instruction"], *shown))
+
+    judge = run.options.judge
+    annotator = f"weighted_alpaca_eval_{short_name(judge)}"
     folder = f"alpaca{run.trial}/{annotator}"
     run.check_owner(f"{folder}/judge.json", judge)
-    verdicts = judge_pairs(run, pairs, notes) if judge else tiny_verdicts(pairs)
-    for (one, two), preference in zip(pairs, verdicts, strict=True):
-        annotations.append({
-            "instruction": one["instruction"], "dataset": one.get("dataset", ""),
-            "output_1": one["output"], "generator_1": one.get("generator", "reference"),
-            "output_2": two["output"], "generator_2": run.options.name, "preference": preference,
-            "annotator": annotator})
-    run.write(f"{folder}/judge.json", identity(judge))
-    run.write(f"{folder}/annotations.json", annotations)
-    return annotations
-
-
-def judge_pairs(run: Evaluation, pairs: list[tuple[dict, dict]], notes: Counter) -> list:
-    """The preferences, judged in the official way: one token, m or M, in the order that is_switched
-    draws. Equal outputs are a draw, and not asked about."""
-    def make(tokenizer, pair: tuple[dict, dict]) -> list[int]:
-        outputs, instruction = [row["output"] for row in pair], pair[0]["instruction"]
-        if outputs[0] == outputs[1]:
-            return []
-        shown = outputs[::-1] if is_switched(instruction) else outputs
-        return urpo.encode(tokenizer, duel_prompt(instruction, *shown))
-
-    prompts, preferences = prompts_of(run.options.judge, pairs, make, 1, "the judge"), []
+    prompts = prompts_of(judge, rows, make, 1, "the judge")
     notes["not judged: longer than the judge's context"] = prompts.count(None)
-    for (one, _), ids, top in zip(pairs, prompts, run.duels(run.options.judge, prompts)):
+    for row, ids, top in zip(rows, prompts, run.duels(judge, prompts)):
         logprobs = dict(reversed(top or []))  # of two tokens spelled alike the likelier one counts
-        preference = preference_from_logprobs(logprobs, is_switched(one["instruction"]))
-        preferences.append(1.5 if ids == [] else preference)
-    return preferences
+        verdict = preference_from_logprobs(logprobs, is_switched(row["instruction"]))
+        row |= {"preference": 1.5 if ids == [] else verdict, "annotator": annotator}
+    run.write(f"{folder}/judge.json", identity(judge))
+    run.write(f"{folder}/annotations.json", rows)
 
 
 # ================================================================================= RewardBench 1, 2
@@ -680,17 +659,6 @@ def ties_score(items: list[dict]) -> Score:
     return score._replace(n=len(tied | ref))
 
 
-# The judge's form belongs to urpo.py: this and read_verdict are all that is asked of it here.
-def judge_prompt(tokenizer, asked: tuple) -> list[int] | None:
-    """None where even cut responses do not fit."""
-    item, shown, rng, config = asked
-    try:
-        judge = urpo.judge_prompt(item, item["responses"], shown, tokenizer, rng, config)
-    except ValueError:
-        return None
-    return judge.prompt_ids
-
-
 def read_lists(options: Namespace) -> tuple[list[dict], int]:
     """-> lists with one best response, and Ties, as {"id", "subset", "prompt", "responses" (right
     ones first), "num_correct", "ties"}; how many others there were."""
@@ -719,20 +687,28 @@ def judge_lists(run: Evaluation, lists: list[dict]):
     """Add `verdicts` to each list: scores of its responses in their own order, or None; one for a
     random order of showing them, one for the reverse. Of Ties each response is shown alone. What
     does not fit adds nothing."""
-    config, model, asked = run.config, run.options.model, []
-    limit, (_, context) = config.judge_max_new_tokens, urpo.load_tokenizer(model)
+    def make(tokenizer, question: tuple) -> list[int] | None:
+        item, shown, rng = question
+        try:
+            judge = urpo.judge_prompt(item, item["responses"], shown, tokenizer, rng, config)
+        except ValueError:  # even cut responses do not fit
+            return None
+        return judge.prompt_ids
+
+    config, asked = run.config, []
+    limit, (_, context) = config.judge_max_new_tokens, urpo.load_tokenizer(run.model)
     config.judge_prompt_tokens = min(config.judge_prompt_tokens, context - limit)
     for k, item in enumerate(lists):
         rng, everyone = random.Random(f"{run.options.seed}/{k}"), range(len(item["responses"]))
         order = rng.sample(everyone, len(everyone))
         item |= {"verdicts": [], "critiques": []}
         for shown in [[i] for i in everyone] if item["ties"] else [order, order[::-1]]:
-            asked.append((item, shown, rng, config))
-    prompts = prompts_of(model, asked, judge_prompt, limit, "RewardBench")
-    answers = run.texts("RewardBench", model, prompts, limit)
-    for (item, shown, *_), answer in zip(asked, answers, strict=True):
+            asked.append((item, shown, rng))
+    prompts = prompts_of(run.model, asked, make, limit, "RewardBench")
+    answers = run.texts("RewardBench", run.model, prompts, limit)
+    for (item, shown, _), answer in zip(asked, answers, strict=True):
         if answer:
-            scores = read_verdict(answer[0]["text"], len(shown))
+            scores = urpo.JUDGE.parse(answer[0]["text"], len(shown))
             in_order = [score for _, score in sorted(zip(shown, scores))] if scores else None
             item["verdicts"].append(in_order)
             item["critiques"].append(answer[0]["text"])
@@ -792,7 +768,7 @@ def rewardbench(run: Evaluation) -> dict[str, Score]:
     folder = ("rewardbench2" if options.v2 else "rewardbench") + run.trial
     run.write(f"{folder}/samples.json", records)
     # the official tables want ORG/MODEL.json; a model of the Hub has its ORG already
-    model = f"local/{options.name}" if Path(options.model).exists() else options.model
+    model = f"local/{run.name}" if Path(run.model).exists() else run.model
     official = {name: s.value / 100 for name, s in subsets.items() if not math.isnan(s.value)}
     official |= {"model": model, "model_type": "Generative RM", "chat_template": None}
     run.write(f"{folder}/eval-set/{model}.json", official)
@@ -893,49 +869,46 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
 
 
 # ================================================================================= All models
-def tiny_world(options: Namespace, ranks: urpo.Ranks):
+def tiny_world() -> dict:
     """What `all` is about if no model is named: the newest tiny run, else its start."""
     preset = urpo.PRESETS["tiny"]
     runs = sorted(Path("runs").glob("tiny-*/final/config.json"), key=os.path.getmtime)
-    options.model = [str(runs[-1].parent) if runs else preset["model"]]
-    options.lists = options.problems = [preset["eval_data"]]
-    for flag in ("verifier", "max_new_tokens", "judge_max_new_tokens"):
-        if flag not in options.given:
-            setattr(options, flag, preset.get(flag, "plain"))
+    return {"tiny": True, "model": [str(runs[-1].parent) if runs else preset["model"]],
+            "lists": [preset["eval_data"]], "problems": [preset["eval_data"]], "verifier": "plain",
+            "max_new_tokens": preset["max_new_tokens"],
+            "judge_max_new_tokens": preset["judge_max_new_tokens"]}
 
 
-def tiny_reference(options: Namespace) -> list[dict]:
+def tiny_reference(source: str) -> list[dict]:
     """What the model is compared with: the first response of every held-out judge list."""
     rows = []
-    for _, task in read_tasks(options.lists[0], "preference", 0):
+    for _, task in read_tasks(source, "preference", 0):
         rows.append({"instruction": task["prompt"][-1]["content"], "output": task["responses"][0],
                      "generator": "stored responses"})
     return rows
 
 
-def tiny_verdicts(pairs: list[tuple[dict, dict]]) -> list[float]:
-    """Like judge_pairs; the judge is the true quality, which this world knows."""
-    preferences = []
+def judge_by_truth(rows: list[dict]):
+    """Like judge_all; the judge is the true quality, which this world knows."""
     quality = data_prep.TRUE_QUALITY["tiny"]
-    for one, two in pairs:
-        ours, theirs = [quality(one["instruction"], row["output"]) for row in (two, one)]
-        preferences.append(1.5 + ((ours > theirs) - (ours < theirs)) / 2)
-    return preferences
+    for row in rows:
+        theirs = quality(row["instruction"], row["output_1"])
+        ours = quality(row["instruction"], row["output_2"])
+        row["preference"] = 1.5 + ((ours > theirs) - (ours < theirs)) / 2
+        row["annotator"] = "true_quality"
 
 
 def named_runs(options: Namespace, ranks: urpo.Ranks) -> list[Evaluation]:
-    """One for each model. What comes from elsewhere is called as it says, or like its folder. Two
-    of one name would write into one folder."""
-    models, files = options.model or [""], options.annotations or [""]
-    called = models if options.model else [str(Path(options.outputs).resolve().parent)]
+    """One for each model, or file of judgements, which says whose answers were judged. Two of one
+    name would write into one folder."""
+    called = options.model
     if options.annotations:
-        called = [str(read_annotations(file)[0]["generator_2"]) for file in files]
+        called = [str(read_annotations(file)[0]["generator_2"]) for file in options.annotations]
     names = options.name or list(map(short_name, called))
     if len(names) != len(called) or len(set(names)) < len(names):
         raise BadInput(f"{len(called)} models called {', '.join(names)}: a --name for each"[:300])
-    # of models and files one list has a single "", which stands beside each of the other
-    given = zip(names, models * len(files), files * len(models))
-    return [Evaluation(options, ranks, *of_model) for of_model in given]
+    models = options.annotations or options.model
+    return [Evaluation(options, ranks, *of_model) for of_model in zip(names, models)]
 
 
 def add_differences(columns: dict[str, dict[str, Score]]):
@@ -944,8 +917,8 @@ def add_differences(columns: dict[str, dict[str, Score]]):
     [first, old], *others = columns.items()
     for name, new in others:
         column = columns[f"{name} - {first}"] = {}
-        for score in old:
-            a, b = old[score], new.get(score, Score())
+        for score, a in old.items():
+            b = new.get(score, Score())
             note = "" if a.n == b.n else f"{b.n} rows against {a.n}"
             column[score] = combined([b, a], [1, -1], note)._replace(n=min(a.n, b.n))
 
@@ -969,123 +942,314 @@ def evaluate(options: Namespace):
     check_options(options)
     transformers.utils.logging.disable_progress_bar()
     ranks = urpo.Ranks(urpo.Config(device=options.device))
-    if options.tiny:
-        tiny_world(options, ranks)
-    commands = [options.command]
-    if options.command == "all":
-        commands = ["alpaca", "rewardbench", "reasoning"]
-    runs, columns = named_runs(options, ranks), {command: {} for command in commands}
+    every = ["alpaca", "rewardbench", "reasoning"]
+    commands = every if options.command == "all" else [options.command]
+    runs, columns = named_runs(options, ranks), {}
     # First with empty answers: what is wrong (a row, a template, a context that is too short) is
     # said before a model is asked for hours
-    for rehearsal in [True, False] if options.model or options.judge else [False]:
+    for rehearsal in [False] if options.annotations else [True, False]:
         for run in runs:
             run.rehearsal = rehearsal
+            column = columns[run.name] = {}
             for command in commands:
-                columns[command][run.options.name] = COMMANDS[command](run)
+                for score, value in COMMANDS[command](run).items():
+                    column[f"{command}: {score}"] = value
             run.drop_model()  # the next one may need its memory
 
-    records = {}
-    for command in commands:
-        add_differences(columns[command])
-        for name, column in columns[command].items():
-            for score, value in column.items():
-                records.setdefault(name, {})[f"{command}: {score}"] = value.record()
-        if ranks.main and any(columns[command].values()):  # else nobody has judged the answers
-            print_scores(command + runs[0].trial, columns[command])
-    if records:
-        names = cut("+".join(run.options.name for run in runs), 120)
+    if any(columns.values()):  # else there are answers that nobody has judged
+        add_differences(columns)
+        if ranks.main:
+            print_scores(options.command + runs[0].trial, columns)
+        records = {}
+        for name, column in columns.items():
+            records[name] = {score: value.record() for score, value in column.items()}
+        names = cut("+".join(run.name for run in runs), 120)
         by = f"-by-{short_name(options.judge)}" if options.judge else ""
         runs[0].write(f"../{options.command}-{names}{by}{runs[0].trial}.json", records)
+
+
+def cut(name: str, most=30) -> str:
+    """A long name without its middle, so that a table or a legend has room for it."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}..{name[-most // 2 + 1 :]}"
+
+
+def print_table(header: list[str], rows: list[list]):
+    """At most WIDTH wide: columns that find no room stand below, beside the first one again."""
+    table = [list(map(str, row)) for row in [map(cut, header), *rows]]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    fit = max(1, (WIDTH - len("|  |") - widths[0]) // (len(" | ") + max(widths[1:])))
+    for start in range(1, len(widths), fit):
+        columns = [0, *range(start, min(start + fit, len(widths)))]
+        for row in table:
+            print("|", " | ".join(row[i].ljust(widths[i]) for i in columns), "|")
+        print()
+
+
+# ================================================================================= Curves
+# What a run has written (README, Run it) as a table and a picture, and as a page of samples. Nothing
+# here asks a model.
+TABLED = "eval raw_score true_quality reward_tau reward length flat parse_rate entropy kl".split()
+PANELS = {  # title: metrics, in the order of STYLES; what a reader looks at first stands first
+    "open: referee's score (solid), truth (dashed)": ["raw_score/open", "true_quality/open"],
+    "referee's accuracy (solid), greedy (dashed)":
+        ["eval/referee_accuracy", "eval/referee_accuracy_greedy"],
+    "open quality (solid), greedy (dashed)": ["eval/true_quality", "eval/true_quality_greedy"],
+    "problems (solid), greedy (dashed)":
+        ["eval/verifiable_accuracy", "eval/verifiable_accuracy_greedy"],
+}
+STYLES = ["-", "--"]
+DRAWN = 3  # panels: the first of which a run has the metrics; only the tiny world has true quality
+WINDOW = 10  # steps of training that a value is the mean of: single ones are noise
+Series = dict[str, dict[int, float]]  # metric -> step -> its value in one run
+
+
+def read_lines(path: Path, *fields: str) -> list[dict]:
+    """Of a JSONL file of ours, without a last line that is cut (by a kill, or written just now)."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        with in_one_line(f"{path}:{number}: not JSON with {', '.join(fields)}", AttributeError):
+            lines.append(json.loads(line))
+            if not lines[-1].keys() >= set(fields):
+                raise ValueError(f"only {', '.join(lines[-1])}")
+    return lines
+
+
+def read_series(run: str) -> Series:
+    """What is held out as it is, of training means of the last WINDOW steps."""
+    series, recent = {}, {}
+    for line in read_lines(Path(run) / "metrics.jsonl", "step"):
+        step = line.pop("step")
+        for name, value in line.items():
+            if step in series.setdefault(name, {}):
+                raise BadInput(f"{run}: step {step} is logged twice: two runs in one file?")
+            window = 1 if name.startswith("eval/") else WINDOW
+            recent[name] = [*recent.get(name, []), value][-window:]
+            series[name][step] = fmean(recent[name])
+    if not series:
+        raise BadInput(f"{run}: no metrics yet")
+    return series
+
+
+def read_arms(runs: list[str]) -> dict[str, list[Series]]:
+    """Arm -> its seeds: runs in one folder whose names differ only in a last -sN. Arms of several
+    folders are called by as much of their paths as differs."""
+    arms, paths = {}, [Path(run).resolve() for run in runs]
+    if len(set(paths)) < len(runs):
+        raise BadInput("a run is given twice: as two seeds of one arm it would show no error")
+    for run, path in zip(runs, paths):
+        arm = path.with_name(re.sub(r"-s\d+$", "", path.name))
+        arms.setdefault(arm, []).append(read_series(run))
+    shared = os.path.commonpath([arm.parent for arm in arms])
+    return {os.path.relpath(arm, shared): seeds for arm, seeds in arms.items()}
+
+
+def points(seeds: list[Series], name: str) -> dict[int, tuple[float, float]]:
+    """Step -> mean of a metric over seeds and its standard error: over seeds, or of one seed over
+    prompts (`NAME_se`, where the run wrote it). Only steps to which all seeds have come."""
+    found = {}
+    for step in seeds[0].get(name, {}):
+        values = [series[name][step] for series in seeds if step in series.get(name, {})]
+        error = seeds[0].get(f"{name}_se", {}).get(step, math.nan)
+        if len(values) > 1:
+            error = stdev(values) / len(values) ** 0.5
+        if len(values) == len(seeds):
+            found[step] = fmean(values), error
+    return found
+
+
+def curve_table(arms: dict[str, list[Series]]):
+    """The first and the last value of everything held out, and of what tells most of training."""
+    header, names, rows = ["metric (n held out)"], {}, []
+    for arm, seeds in arms.items():
+        header += [f"{cut(arm, 22)}, first", f"{cut(arm, 22)}, last"]
+        names |= seeds[0]
+    for name in names:
+        if name.split("/")[0] in TABLED and not name.endswith(("_n", "_se")):
+            counts, cells = Counter(), []
+            for seeds in arms.values():
+                counts.update(seeds[0].get(f"{name}_n", {}).values())
+                found = list(points(seeds, name).values()) or [(math.nan, math.nan)]
+                for mean, error in (found[0], found[-1]):
+                    text = f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan")
+                    cells.append(text.replace("nan", ""))
+            n = "/".join(f"{count:g}" for count in counts)
+            rows.append([f"{name} ({n})" if n else name, *cells])
+    print_table(header, rows)
+    print(f"eval/ is held out; all else are means of {WINDOW} steps")
+    for arm, seeds in arms.items():
+        lasts = ", ".join(str(max(map(max, series.values()))) for series in seeds)
+        over = "seeds" if len(seeds) > 1 else "prompts"
+        print(f"{cut(arm, 60)}: n {len(seeds)}, ± over {over}; to step {lasts}")
+
+
+def curves(options: Namespace):
+    """A table and a picture of the metrics of runs: a colour for each arm, its standard error as a
+    band, a style for each metric."""
+    arms, out = read_arms(options.run), options.out or "curves.png"
+    curve_table(arms)
+    if not importlib.util.find_spec("matplotlib"):
+        return print("no picture: pip install matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")  # to a file, also where there is no screen
+    from matplotlib import pyplot
+
+    known = {name for seeds in arms.values() for name in seeds[0]}
+    panels = [panel for panel in PANELS.items() if known.intersection(panel[1])][:DRAWN]
+    figure = pyplot.figure(figsize=(4 * DRAWN, 4), layout="constrained")
+    for place, (title, metrics) in enumerate(panels, 1):
+        axis = figure.add_subplot(1, len(panels), place, xlabel="step")
+        axis.set_title(title, fontsize=10)
+        for colour, seeds in enumerate(arms.values()):
+            for style, metric in zip(STYLES, metrics):
+                draw(axis, points(seeds, metric), style, f"C{colour}")
+
+    labels = [f"{cut(arm, 40)} (n {len(seeds)})" for arm, seeds in arms.items()]
+    keys = [pyplot.Line2D([], [], color=f"C{colour}") for colour in range(len(arms))]
+    figure.legend(keys, labels, loc="outside upper center", ncols=3)  # room for cut names
+    with in_one_line(f"--out {out}"):  # not a kind of picture that matplotlib writes
+        figure.savefig(out, dpi=75)
+    print(out)
+
+
+def draw(axis, found: dict[int, tuple[float, float]], style: str, color: str):
+    """A line and its band; single points are marked where they are few."""
+    steps, (means, errors) = list(found), torch.tensor([*found.values()]).reshape(-1, 2).T
+    marker = "o" if len(steps) <= 20 else ""
+    axis.plot(steps, means, style, marker=marker, markersize=4, color=color)
+    axis.fill_between(steps, means - errors, means + errors, alpha=0.15, color=color)
+
+
+# ================================================================================= Samples
+# Only the right column holds texts: it may break anywhere, what stands left of it never
+STYLE = """<style> body { font: 14px/1.5 sans-serif } table { border-collapse: collapse }
+td { border: 1px solid #ccc; padding: .3em .6em; vertical-align: top; white-space: pre }
+td:last-child { white-space: pre-wrap; overflow-wrap: anywhere } </style>"""
+
+
+def group_rows(lines: list[dict]) -> list[tuple[str, str]]:
+    """One prompt's group as (what it is, its text): what was asked, what was paid for what, and of
+    an open group what the referee was shown and said."""
+    first = lines[0]
+    rows = [(message["role"], message["content"]) for message in first["prompt"]]
+    if first.get("responses") and first["truth"]:  # of a judge list
+        for label, score, text in zip(LABELS, first["truth"], first["responses"]):
+            rows.append((f"response {label}: true score {score:.2f}", text))
+    elif first["truth"] is not None:
+        rows.append(("true answer", str(first["truth"])))
+
+    for i, line in enumerate(lines):
+        name = f"completion {i}: no reward"
+        if line["reward"] is not None:
+            name = f"completion {i}: reward {line['reward']:.2f}"
+        if "true_quality" in line:
+            name += f", true quality {line['true_quality']:.2f}"
+        rows.append((name, line["completion"]))
+    for judged in first.get("judged") or []:
+        scores = judged["scores"] or ["does not parse"] * len(judged["shown"])
+        given = [f"completion {i}: {score}" for i, score in zip(judged["shown"], scores)]
+        rows.append(("\n".join(["the referee on", *given]), judged["critique"]))
+    return rows
+
+
+def samples(options: Namespace):
+    """A page (HTML, self-contained) of what a run sampled and what it paid, newest step first."""
+    name, groups = html.escape(Path(options.run).resolve().name), {}
+    out = options.out or f"{options.run}/samples.html"
+    fields = "step", "kind", "prompt", "truth", "completion", "reward"
+    for line in read_lines(Path(options.run) / "samples.jsonl", *fields):
+        groups.setdefault(line["step"], {}).setdefault(line["kind"], []).append(line)
+    steps = [step for step in sorted(groups, reverse=True) if step in (options.steps or groups)]
+    if not steps:
+        there = f"samples of {', '.join(map(str, groups))}" if groups else "no samples yet"
+        raise BadInput(f"{options.run}: --steps: there are {there}"[:300])
+
+    parts = [f'<!doctype html><meta charset="utf-8"><title>{name}</title>{STYLE}<h1>{name}</h1>']
+    for step in steps:
+        parts.append(f"<h2>step {step}</h2>")
+        for kind, lines in groups[step].items():
+            parts.append(f"<h3>{html.escape(kind)}</h3><table>")
+            for texts in group_rows(lines):  # all that models and data say is escaped here
+                what, text = map(html.escape, texts)
+                parts.append(f"<tr><td>{what}</td><td>{text}</td></tr>")
+            parts.append("</table>")
+    # half a surrogate, which a model of bytes may write, has no UTF-8
+    Path(out).write_text("\n".join(parts), encoding="utf-8", errors="replace")
+    print(out)
 
 
 # ================================================================================= Main
 COMMANDS = {"alpaca": alpaca, "rewardbench": rewardbench, "reasoning": reasoning, "all": evaluate,
             "curves": curves, "samples": samples}
-ASKING, JUDGE = "alpaca rewardbench reasoning all", "rewardbench all"
+ASKING = "alpaca rewardbench reasoning all"
 FLAGS = [  # (commands, flag, default, help); a list takes several values
-    (ASKING, "model", [], "model folders or Hub names; several are compared with the first"),
-    (ASKING, "name", [], "what the models are called; their folders or runs"),
-    (ASKING, "out_dir", "evals", "folder of all results"),
-    (ASKING, "limit", 0, "a trial on the first N of each set; 0: all of them"),
-    (ASKING, "seed", 0, "of samples, and of the order in which responses are shown"),
-    (ASKING, "device", "", "cpu, cuda or cuda:N; cuda where there is one"),
-    (ASKING, "stop_tokens", "", "further stop tokens, comma-separated (base model, chat template)"),
-    (ASKING, "rollout_tokens", 131072, "tokens in a batch of model.generate: bounds the KV cache"),
-    ("alpaca reasoning all", "max_new_tokens", 2048, "longest answer, tokens"),
-    ("alpaca all", "temperature", 0.0, "of answers to AlpacaEval; 0: greedy"),
-    ("alpaca all", "reference", "", "outputs to compare with; gpt4_1106_preview's on the Hub"),
-    ("alpaca all", "judge", "", "a local model; none: answers are written, not judged"),
-    ("alpaca", "outputs", "", "answers to judge, like model_outputs.json"),
-    ("alpaca", "annotations", [], "judgements to count, like annotations.json, of each model"),
-    ("alpaca all", "gamed", "", "df_gamed.csv, for length control; the Hub's"),
-    (JUDGE, "lists", [], "files or Hub sets; RewardBench on the Hub"),
-    (JUDGE, "v2", False, "RewardBench 2: best of four, and Ties"),
-    (JUDGE, "judge_max_new_tokens", 1024, "longest judgement, tokens"),
-    ("reasoning all", "problems", [], "files or Hub sets; six suites on the Hub"),
-    ("reasoning all", "samples", ["1"], "of a problem: N@TEMPERATURE, SUITE=N@TEMPERATURE"),
-    ("reasoning all", "verifier", "math_verify", "math_verify (the package) or plain"),
-    ("curves samples", "out", "", "file to write; curves.png, samples.html in the run's folder"),
-    ("curves", "all_panels", False, "draw every panel, not the first three alone"),
-    ("samples", "steps", [], "only these steps"),
+    (ASKING, "--model", [], "model folders or Hub names; several are compared with the first"),
+    (ASKING, "--name", [], "what the models are called; their folders or runs"),
+    (ASKING, "--out_dir", "evals", "folder of all results"),
+    (ASKING, "--limit", 0, "a trial on the first N of each set; 0: all of them"),
+    (ASKING, "--seed", 0, "of samples, and of the order in which responses are shown"),
+    (ASKING, "--device", "", "cpu, cuda or cuda:N; cuda where there is one"),
+    (ASKING, "--stop_tokens", "", "more stop tokens, comma-separated (base model, chat template)"),
+    (ASKING, "--rollout_tokens", 131072, "tokens in a batch of generate: bounds the KV cache"),
+    ("alpaca reasoning all", "--max_new_tokens", 2048, "longest answer, tokens"),
+    ("alpaca all", "--temperature", 0.0, "of answers to AlpacaEval; 0: greedy"),
+    ("alpaca all", "--reference", "", "outputs to compare with; gpt4_1106_preview's on the Hub"),
+    ("alpaca all", "--judge", "", "a local model; none: answers are written, not judged"),
+    ("alpaca all", "--gamed", "", "df_gamed.csv, for length control; the Hub's"),
+    ("alpaca", "--annotations", [], "judgements to count, like annotations.json, of each model"),
+    ("rewardbench all", "--lists", [], "files or Hub sets; RewardBench on the Hub"),
+    ("rewardbench all", "--v2", False, "RewardBench 2: best of four, and Ties"),
+    ("rewardbench all", "--judge_max_new_tokens", 1024, "longest judgement, tokens"),
+    ("reasoning all", "--problems", [], "files or Hub sets; six suites on the Hub"),
+    ("reasoning all", "--samples", ["1"], "of a problem: N@TEMPERATURE, SUITE=N@TEMPERATURE"),
+    ("reasoning all", "--verifier", "math_verify", "math_verify (the package) or plain"),
+    ("curves", "run", [], "folders of runs"),
+    ("samples", "run", "", "folder of a run"),
+    ("samples", "--steps", [], "only these steps"),
+    ("curves samples", "--out", "", "file to write; curves.png, samples.html in the run's folder"),
 ]
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    """What is given (`given`: the flags) over the defaults. A command refuses others' flags."""
+    """The flags of a command; those of another one argparse refuses."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("eval.py", None, __doc__, formatter_class=layout)
+    parser.set_defaults(annotations=[], judge="", tiny=False)  # for commands without these flags
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, allow_abbrev=False)
-        if name in ("curves", "samples"):
-            command.add_argument("run", nargs="+" if name == "curves" else None, help="run folder")
         for of_commands, flag, default, text in FLAGS:
             if name in of_commands.split():
                 how = {"type": type(default)}
                 if isinstance(default, list):
-                    how = {"type": int if flag == "steps" else str, "nargs": "+"}
+                    how = {"type": int if flag == "--steps" else str, "nargs": "+"}
                 elif default is False:
                     how = {"action": "store_true"}
                 text += f" (default {default})" if default else ""
-                command.add_argument(f"--{flag}", default=None, help=text, **how)
-    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
-    return Namespace(**{flag: value for _, flag, value, _ in FLAGS} | given, given=list(given))
+                command.add_argument(flag, default=default, help=text, **how)
 
-
-def refuse(options: Namespace, flags: str, why: str):
-    """BadInput for the first of these flags that is given."""
-    for flag in flags.split():
-        if flag in options.given:
-            raise BadInput(f"--{flag} has no effect: {why}")
+    options = parser.parse_args(arguments)
+    if options.command == "all" and not options.model:
+        commands.choices["all"].set_defaults(**tiny_world())  # what is given goes over it
+        options = parser.parse_args(arguments)
+    return options
 
 
 def check_options(options: Namespace):
     """BadInput for what the parser cannot know, before a file is read or a folder is made."""
-    command, player = options.command, "model max_new_tokens temperature stop_tokens seed"
-    options.tiny = command == "all" and not options.model
-    if options.annotations:
-        refuse(options, f"{player} judge outputs rollout_tokens", "--annotations are judged")
-    if options.outputs:
-        refuse(options, player, "--outputs are answers")
-    if options.tiny:
-        refuse(options, "reference judge gamed lists problems v2", "no --model: the tiny world")
-    if not options.judge and not options.annotations:
-        refuse(options, "gamed", "there is no --judge")
-    if command == "alpaca" and not options.temperature:
-        refuse(options, "seed", "--temperature is 0")
-
-    for _, flag, default, _ in FLAGS:
-        if isinstance(default, (int, float)) and not getattr(options, flag) >= min(1, default):
-            raise BadInput(f"--{flag}: expected at least {min(1, default)}")
-    if not (options.model or options.tiny or options.outputs or options.annotations):
+    for flag, value in vars(options).items():
+        least = 1 if flag.endswith("_tokens") else 0
+        if isinstance(value, (int, float)) and not value >= least:  # nor NaN
+            raise BadInput(f"--{flag}: expected at least {least}")
+    if not options.model and not options.annotations:
         raise BadInput("--model is missing")
-    if options.outputs and not options.judge:
-        raise BadInput("--outputs needs a --judge")
-    if options.verifier not in data_prep.VERIFIERS:
+    if options.annotations and (options.model or options.judge):
+        raise BadInput("--annotations are judged: --model and --judge have no effect")
+    if options.tiny and (options.reference or options.judge):
+        raise BadInput("--reference and --judge have no effect in the tiny world: give a --model")
+    if vars(options).get("verifier", "plain") not in data_prep.VERIFIERS:
         raise BadInput("--verifier: math_verify or plain")
-    needed = options.verifier == "math_verify" and command in ("reasoning", "all")
-    if needed and not options.tiny and not importlib.util.find_spec("math_verify"):
-        raise BadInput("--verifier math_verify: pip install math-verify (or --verifier plain)")
 
 
 def main(arguments: list[str] | None = None):
