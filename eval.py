@@ -20,17 +20,14 @@ How this differs from the official tools: the judge is a local model; length con
 the referee was trained on; what is missing is missing, not 0, and counted. A prompt that does not
 fit the context of its model is not asked: it is left out of the score, and a note says how many."""
 import argparse
-import csv
 import gc
 import hashlib
 import html
-import importlib.util
 import json
 import math
 import os
 import random
 import re
-import subprocess
 import sys
 import textwrap
 from argparse import Namespace
@@ -139,26 +136,28 @@ class Evaluation:
         """BadInput if this file says that the folder it is in belongs to another model."""
         owner = self.home / path
         if owner.exists() and owner.read_text() != json.dumps(identity(model)):
-            raise BadInput(f"{owner.parent} holds answers of another {owner.parent.name}: give a "
-                           "--name, or for another judge another --out_dir")
+            name = owner.parent.name
+            raise BadInput(f"{owner.parent}: of another {name}: give a --name or --out_dir")
 
-    def texts(self, what: str, model: str, prompts: list, limit: int, n=1, temperature=0.0) -> list:
-        """For each prompt [P] n answers {"text", "truncated"} within `limit` tokens, or None."""
+    def texts(self, what: str, items: list, make, limit: int, n=1, temperature=0.0) -> list:
+        """To the prompt of each item n answers {"text", "truncated"} of the model, or None."""
         def answer(actor: urpo.Actor, asked: list[list[int]]) -> list:
             groups = urpo.sample(actor.model, asked, n, [limit] * len(asked), temperature,
                                  actor.stop_ids, self.options.rollout_tokens)
             return [spoken(actor, *group) for group in zip(asked, groups)]
 
+        prompts = prompts_of(self.model, items, make, limit, what)
         if self.rehearsal:  # empty answers: enough to see whether what follows would fit
-            return [[{"text": "", "truncated": False}] * n] * len(prompts)
-        decides = ["text", identity(model), limit, n, self.options.stop_tokens, temperature]
+            return [[{"text": "", "truncated": False}] * n] * len(items)
+        decides = ["text", identity(self.model), limit, n, self.options.stop_tokens, temperature]
         decides += [self.options.seed] if temperature else []
-        return self.ask(what, model, prompts, decides, max(1, CHUNK // n), answer)
+        return self.ask(what, self.model, prompts, decides, max(1, CHUNK // n), answer)
 
-    def duels(self, judge: str, prompts: list) -> list:
-        """For each prompt [P] the likeliest next tokens [[text, log-prob], ...], or None."""
+    def duels(self, judge: str, items: list, make) -> list:
+        """To the prompt of each item the likeliest tokens [[text, log-prob], ...], or None."""
+        prompts = prompts_of(judge, items, make, 1, "the judge")
         if self.rehearsal:
-            return [None] * len(prompts)
+            return [None] * len(items)
         return self.ask("duels", judge, prompts, ["duel", identity(judge)], CHUNK, likeliest_tokens)
 
     def ask(self, what: str, model: str, prompts: list, decides: list, size: int, answer) -> list:
@@ -219,12 +218,9 @@ class Evaluation:
 
     def finish(self, folder: str, scores: dict[str, Score], notes: dict) -> dict[str, Score]:
         """Write results.json, say where and what is to be noted -> the scores."""
-        git = subprocess.run("git describe --always --dirty || echo unknown", shell=True, text=True,
-                             cwd=Path(__file__).parent, capture_output=True).stdout.strip()
         self.write(f"{folder}/results.json", {
             "scores": {name: score.record() for name, score in scores.items()}, "notes": notes,
             "settings": vars(self.options) | {"name": self.name, "model": self.model},
-            "trial": bool(self.trial), "git": git,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
         if self.ranks.main and not self.rehearsal:
             said = ", ".join(f"{value} {name}" for name, value in notes.items())
@@ -283,8 +279,7 @@ def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
             ids = make(tokenizer, item)
         prompts.append(ids if ids is not None and len(ids) + limit <= context else None)
     if prompts.count(None) == len(items) > 0:
-        raise BadInput(f"{model}: no prompt of {what} fits: its context of {context} tokens has to "
-                       f"hold {limit} new ones, too")
+        raise BadInput(f"{model}: no prompt of {what} fits {context} tokens with {limit} new ones")
     return prompts
 
 
@@ -420,7 +415,7 @@ def length_controlled(rows: Tensor, gamed: Tensor) -> float:
     return 100 * torch.sigmoid(w[1] * rows[:, 2] + w[2]).mean().item()
 
 
-def length_control(annotations: list[dict], levels: list[float], gamed: Tensor) -> Score:
+def length_control(annotations: list[dict], levels: list[float], gamed: Tensor, note) -> Score:
     """`levels`: difficulties. The error is over DRAWS sets of rows, drawn with replacement, fitted
     anew. Models on the same instructions meet the same draws: their difference is paired."""
     wins = [outcome(row["preference"]) for row in annotations]
@@ -433,15 +428,15 @@ def length_control(annotations: list[dict], levels: list[float], gamed: Tensor) 
 
     mean, scale = fmean(draws), math.sqrt(DRAWS - 1)
     parts = {f"draw {i}": (draw - mean) / scale for i, draw in enumerate(draws)}
-    return Score(length_controlled(rows, gamed), parts, n, "error by bootstrap")
+    return Score(length_controlled(rows, gamed), parts, n, note)
 
 
 def read_gamed(path: str) -> tuple[Tensor, list[float]]:
     """-> rows of df_gamed.csv [m, 3], difficulties of the instructions in published order."""
     gamed, difficulty, columns = [], {}, ("preference", "std_delta_len", "instruction_difficulty")
     expected = f"{path}: expected a table with numbers as index, {', '.join(columns)}"
-    with in_one_line(expected, LookupError, TypeError, csv.Error), open(path, newline="") as file:
-        for row in csv.DictReader(file):
+    with in_one_line(expected, LookupError, TypeError):
+        for row in read_rows(path):
             gamed.append([float(row[column]) for column in columns])
             difficulty[row["index"]] = gamed[-1][2]
     return torch.tensor(gamed, dtype=torch.float64), list(difficulty.values())
@@ -471,28 +466,22 @@ def duel_prompt(instruction: str, first: str, second: str) -> list[dict]:
     return [{"role": "system", "content": system}, {"role": "user", "content": "".join(parts)}]
 
 
-def alpaca_scores(annotations: list[dict], order: list[str], table, published=False) -> dict:
+def length_controlled_score(annotations: list[dict], order: list[str], table, published) -> Score:
     """`order`: the instructions of the whole set as published, to which the difficulties belong;
     empty: not known. `table`: of read_gamed, or None. `published`: the judgements are not ours."""
     place = {instruction: i for i, instruction in enumerate(order)}
     places = [place.get(row["instruction"]) for row in annotations]
     if not table:
-        controlled = Score(note="needs --gamed df_gamed.csv, on the Hub in tatsu-lab/alpaca_eval")
-    elif len(place) != len(table[1]) or None in places:
-        controlled = Score(note="needs --reference: the set that --gamed is for, in its order")
-    else:
-        note = "error by bootstrap"
-        if published and places == sorted(set(places)) and places[-1] >= len(places):
-            # alpaca_eval takes line i of its table for row i, also where rows before it are
-            # missing. The published scores came about so; by instruction they would be others
-            places = range(len(places))
-            note += "; rows are missing: difficulties by row, as alpaca_eval has them"
-        controlled = length_control(annotations, [table[1][i] for i in places], table[0])
-        controlled = controlled._replace(note=note)
-
-    win_rate, discrete, _ = win_rates(annotations)
-    return {"length-controlled win rate": controlled, "win rate": win_rate,
-            "discrete win rate": discrete}
+        return Score(note="needs --gamed df_gamed.csv, on the Hub in tatsu-lab/alpaca_eval")
+    if len(place) != len(table[1]) or None in places:
+        return Score(note="needs --reference: the set that --gamed is for, in its order")
+    note = "error by bootstrap"
+    if published and places == sorted(set(places)) and places[-1] >= len(places):
+        # alpaca_eval takes line i of its table for row i, also where rows before it are missing.
+        # The published scores came about so; by instruction they would be others.
+        places = range(len(places))
+        note += "; rows are missing: difficulties by row, as alpaca_eval has them"
+    return length_control(annotations, [table[1][i] for i in places], table[0], note)
 
 
 def alpaca(run: Evaluation) -> dict[str, Score]:
@@ -500,9 +489,7 @@ def alpaca(run: Evaluation) -> dict[str, Score]:
     # ---- read: judgements, or the questions and what answers are compared with
     options, notes, reference = run.options, Counter(), []
     table = read_gamed(options.gamed) if options.gamed else None
-    if options.tiny:
-        reference = tiny_reference(options.lists[0])
-    elif options.reference or not options.annotations:
+    if options.reference or not options.annotations:
         reference = read_rows(options.reference or HUB, "instruction", "output")
     order = list(dict.fromkeys(row["instruction"] for row in reference))
 
@@ -511,21 +498,18 @@ def alpaca(run: Evaluation) -> dict[str, Score]:
         annotations = read_annotations(run.model)[: options.limit or None]
     else:
         annotations = answer_all(run, reference[: options.limit or None], notes)
-        if options.tiny:
-            judge_by_truth(annotations)
-        elif options.judge:
-            judge_all(run, annotations, notes)
-        else:
+        if not options.judge:
             return run.finish(f"alpaca{run.trial}", {}, {"answers, not judged": len(annotations)})
+        judge_all(run, annotations, notes)
 
     # ---- count
     annotator = annotations[0]["annotator"]
-    scores = alpaca_scores(annotations, order, table, bool(options.annotations))
-    note = f"judged by {annotator}"
-    if options.judge and identity(options.judge) == identity(run.model):
-        note += ", which is the model itself"
-    scores["win rate"] = scores["win rate"]._replace(note=note)
-    counts = win_rates(annotations)[2]
+    win_rate, discrete, counts = win_rates(annotations)
+    scores = {
+        "length-controlled win rate": length_controlled_score(
+            annotations, order, table, bool(options.annotations)),
+        "win rate": win_rate._replace(note=f"judged by {annotator}"),
+        "discrete win rate": discrete}
     counts["avg_length"] = sum(len(row["output_2"]) for row in annotations) // len(annotations)
     return run.finish(f"alpaca{run.trial}/{short_name(annotator)}", scores, counts | +notes)
 
@@ -541,9 +525,9 @@ def answer_all(run: Evaluation, reference: list[dict], notes: Counter) -> list[d
     """Ask the model -> rows of the official annotations.json, but for the verdict. Its outputs are
     written for `alpaca_eval --model_outputs`, too."""
     options, rows, outputs = run.options, [], []
-    limit, chats = options.max_new_tokens, [data_prep.chat(r["instruction"]) for r in reference]
-    prompts = prompts_of(run.model, chats, urpo.encode, limit, "AlpacaEval")
-    answers = run.texts("AlpacaEval", run.model, prompts, limit, 1, options.temperature)
+    chats = [data_prep.chat(row["instruction"]) for row in reference]
+    answers = run.texts("AlpacaEval", chats, urpo.encode, options.max_new_tokens, 1,
+                        options.temperature)
     for row, answer in zip(reference, answers):
         if answer:
             output = without_thoughts(answer[0]["text"]).strip()
@@ -553,7 +537,7 @@ def answer_all(run: Evaluation, reference: list[dict], notes: Counter) -> list[d
                 "output_1": row["output"], "generator_1": row.get("generator", "reference"),
                 "output_2": output, "generator_2": run.name})
     run.write(f"alpaca{run.trial}/model_outputs.json", outputs)
-    notes["not asked: longer than the model's context"] = prompts.count(None)
+    notes["not asked: longer than the model's context"] = answers.count(None)
     return rows
 
 
@@ -572,12 +556,12 @@ def judge_all(run: Evaluation, rows: list[dict], notes: Counter):
     annotator = f"weighted_alpaca_eval_{short_name(judge)}"
     folder = f"alpaca{run.trial}/{annotator}"
     run.check_owner(f"{folder}/judge.json", judge)
-    prompts = prompts_of(judge, rows, make, 1, "the judge")
-    notes["not judged: longer than the judge's context"] = prompts.count(None)
-    for row, ids, top in zip(rows, prompts, run.duels(judge, prompts)):
+    for row, top in zip(rows, run.duels(judge, rows, make)):
+        equal = row["output_1"] == row["output_2"]
+        notes["not judged: longer than the judge's context"] += top is None and not equal
         logprobs = dict(reversed(top or []))  # of two tokens spelled alike the likelier one counts
         verdict = preference_from_logprobs(logprobs, is_switched(row["instruction"]))
-        row |= {"preference": 1.5 if ids == [] else verdict, "annotator": annotator}
+        row |= {"preference": 1.5 if equal else verdict, "annotator": annotator}
     run.write(f"{folder}/judge.json", identity(judge))
     run.write(f"{folder}/annotations.json", rows)
 
@@ -701,11 +685,10 @@ def judge_lists(run: Evaluation, lists: list[dict]):
     for k, item in enumerate(lists):
         rng, everyone = random.Random(f"{run.options.seed}/{k}"), range(len(item["responses"]))
         order = rng.sample(everyone, len(everyone))
-        item |= {"verdicts": [], "critiques": []}
-        for shown in [[i] for i in everyone] if item["ties"] else [order, order[::-1]]:
-            asked.append((item, shown, rng))
-    prompts = prompts_of(run.model, asked, make, limit, "RewardBench")
-    answers = run.texts("RewardBench", run.model, prompts, limit)
+        orders = [[i] for i in everyone] if item["ties"] else [order, order[::-1]]
+        item |= {"orders": orders, "verdicts": [], "critiques": []}
+        asked += [(item, shown, rng) for shown in orders]
+    answers = run.texts("RewardBench", asked, make, limit)
     for (item, shown, _), answer in zip(asked, answers, strict=True):
         if answer:
             scores = urpo.JUDGE.parse(answer[0]["text"], len(shown))
@@ -747,7 +730,7 @@ def rewardbench(run: Evaluation) -> dict[str, Score]:
     lists, others = read_lists(options)
     judge_lists(run, lists)
     for item in lists:
-        if len(item["verdicts"]) == (len(item["responses"]) if item["ties"] else 2):
+        if len(item["verdicts"]) == len(item["orders"]):
             records.append(item | credit(item))
             by_subset.setdefault(item["subset"], []).append(records[-1])
 
@@ -786,35 +769,6 @@ SUITES = ["openai/gsm8k@main#test", "HuggingFaceH4/MATH-500#test", "HuggingFaceH
           "Hothan/OlympiadBench@OE_TO_maths_en_COMP"]
 
 
-def split_answers(text: str) -> list[str]:
-    """At the commas that stand in no bracket, and not in 1,250.
-
-    >>> split_answers("(1,8), 2, 1,250")
-    ['(1,8)', '2', '1250']
-    """
-    parts, depth = [""], 0
-    for character in re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text):
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts]
-
-
-def check_answer(verify, completion: str, answer: str) -> float:
-    """1 if the final answer is right, else 0. Of a list each must come once, in any order."""
-    golds, claims = split_answers(answer), split_answers(data_prep.final_answer(completion))
-    if verify(completion, answer) or len(golds) == 1 or len(golds) != len(claims):
-        return float(verify(completion, answer))
-    for gold in golds:
-        right = [claim for claim in claims if verify(f"\\boxed{{{claim}}}", gold)]
-        if not right:
-            return 0.0
-        claims.remove(right[0])
-    return 1.0
-
-
 def read_suites(options: Namespace) -> dict[str, tuple[list, int, float]]:
     """Suite -> (row, task) pairs, samples of each problem, their temperature (--samples)."""
     suites = {}
@@ -840,14 +794,13 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
         return urpo.verifiable_group(pair[1], tokenizer, None, run.config).prompt_ids
 
     options, scores, averages, records = run.options, {}, [], []
-    limit, verify = options.max_new_tokens, data_prep.VERIFIERS[options.verifier]
+    verify = data_prep.VERIFIERS[options.verifier]
     for name, (rows, n, temperature) in read_suites(options).items():
-        prompts = prompts_of(options.model, rows, make, limit, name)
-        answers = run.texts(name, options.model, prompts, limit, n, temperature)
+        answers = run.texts(name, rows, make, options.max_new_tokens, n, temperature)
         shares, solved, short = [], [], 0
         for (row, task), of_problem in zip(rows, answers, strict=True):
             texts = [answer["text"] for answer in of_problem or []]
-            correct = [check_answer(verify, without_thoughts(t), task["answer"]) for t in texts]
+            correct = [verify(text, task["answer"]) for text in texts]
             if of_problem:
                 # over problems: samples of one share its luck, to pool them flatters the error
                 prompt = f"{name} {json.dumps(task['prompt'])}"
@@ -857,8 +810,8 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
             records.append({"suite": name, "id": row["id"], "prompt": task["prompt"],
                             "answer": task["answer"], "correct": correct, "texts": texts})
         note = f"temperature {temperature}; {short} of {n * len(shares)} answers cut short"
-        if None in prompts:
-            note += f"; {prompts.count(None)} not asked: longer than the context"
+        if None in answers:
+            note += f"; {answers.count(None)} not asked: longer than the context"
         averages.append(percent(shares, note))
         scores[f"{name} avg@{n}"] = averages[-1]
         if n > 1:  # at least one of n is right
@@ -870,32 +823,14 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
 
 # ================================================================================= All models
 def tiny_world() -> dict:
-    """What `all` is about if no model is named: the newest tiny run, else its start."""
+    """What `all` is about if no model is named: the newest tiny run, else its start. Answers have
+    no judge there; how good they are urpo.py itself has printed."""
     preset = urpo.PRESETS["tiny"]
     runs = sorted(Path("runs").glob("tiny-*/final/config.json"), key=os.path.getmtime)
     return {"tiny": True, "model": [str(runs[-1].parent) if runs else preset["model"]],
             "lists": [preset["eval_data"]], "problems": [preset["eval_data"]], "verifier": "plain",
             "max_new_tokens": preset["max_new_tokens"],
             "judge_max_new_tokens": preset["judge_max_new_tokens"]}
-
-
-def tiny_reference(source: str) -> list[dict]:
-    """What the model is compared with: the first response of every held-out judge list."""
-    rows = []
-    for _, task in read_tasks(source, "preference", 0):
-        rows.append({"instruction": task["prompt"][-1]["content"], "output": task["responses"][0],
-                     "generator": "stored responses"})
-    return rows
-
-
-def judge_by_truth(rows: list[dict]):
-    """Like judge_all; the judge is the true quality, which this world knows."""
-    quality = data_prep.TRUE_QUALITY["tiny"]
-    for row in rows:
-        theirs = quality(row["instruction"], row["output_1"])
-        ours = quality(row["instruction"], row["output_2"])
-        row["preference"] = 1.5 + ((ours > theirs) - (ours < theirs)) / 2
-        row["annotator"] = "true_quality"
 
 
 def named_runs(options: Namespace, ranks: urpo.Ranks) -> list[Evaluation]:
@@ -942,8 +877,9 @@ def evaluate(options: Namespace):
     check_options(options)
     transformers.utils.logging.disable_progress_bar()
     ranks = urpo.Ranks(urpo.Config(device=options.device))
-    every = ["alpaca", "rewardbench", "reasoning"]
-    commands = every if options.command == "all" else [options.command]
+    commands = [options.command]
+    if options.command == "all":
+        commands = ["alpaca"] * (not options.tiny) + ["rewardbench", "reasoning"]
     runs, columns = named_runs(options, ranks), {}
     # First with empty answers: what is wrong (a row, a template, a context that is too short) is
     # said before a model is asked for hours
@@ -987,19 +923,12 @@ def print_table(header: list[str], rows: list[list]):
 
 
 # ================================================================================= Curves
-# What a run has written (README, Run it) as a table and a picture, and as a page of samples. Nothing
-# here asks a model.
+# What a run has written (README, Run it), as a table and a picture and as a page of samples.
 TABLED = "eval raw_score true_quality reward_tau reward length flat parse_rate entropy kl".split()
-PANELS = {  # title: metrics, in the order of STYLES; what a reader looks at first stands first
-    "open: referee's score (solid), truth (dashed)": ["raw_score/open", "true_quality/open"],
-    "referee's accuracy (solid), greedy (dashed)":
-        ["eval/referee_accuracy", "eval/referee_accuracy_greedy"],
-    "open quality (solid), greedy (dashed)": ["eval/true_quality", "eval/true_quality_greedy"],
-    "problems (solid), greedy (dashed)":
-        ["eval/verifiable_accuracy", "eval/verifiable_accuracy_greedy"],
-}
-STYLES = ["-", "--"]
-DRAWN = 3  # panels: the first of which a run has the metrics; only the tiny world has true quality
+PANELS = [["raw_score/open", "true_quality/open"]]  # of each two the first one is drawn solid
+for held_out in ("referee_accuracy", "true_quality", "verifiable_accuracy"):
+    PANELS.append([f"eval/{held_out}", f"eval/{held_out}_greedy"])
+DRAWN = 3  # the first panels that a run has something for: only the tiny world knows true quality
 WINDOW = 10  # steps of training that a value is the mean of: single ones are noise
 Series = dict[str, dict[int, float]]  # metric -> step -> its value in one run
 
@@ -1015,10 +944,10 @@ def read_lines(path: Path, *fields: str) -> list[dict]:
     return lines
 
 
-def read_series(run: str) -> Series:
+def read_series(run: Path) -> Series:
     """What is held out as it is, of training means of the last WINDOW steps."""
     series, recent = {}, {}
-    for line in read_lines(Path(run) / "metrics.jsonl", "step"):
+    for line in read_lines(run / "metrics.jsonl", "step"):
         step = line.pop("step")
         for name, value in line.items():
             if step in series.setdefault(name, {}):
@@ -1035,13 +964,15 @@ def read_arms(runs: list[str]) -> dict[str, list[Series]]:
     """Arm -> its seeds: runs in one folder whose names differ only in a last -sN. Arms of several
     folders are called by as much of their paths as differs."""
     arms, paths = {}, [Path(run).resolve() for run in runs]
-    if len(set(paths)) < len(runs):
+    if len(set(paths)) < len(paths):
         raise BadInput("a run is given twice: as two seeds of one arm it would show no error")
-    for run, path in zip(runs, paths):
+    for path in paths:
         arm = path.with_name(re.sub(r"-s\d+$", "", path.name))
-        arms.setdefault(arm, []).append(read_series(run))
-    shared = os.path.commonpath([arm.parent for arm in arms])
-    return {os.path.relpath(arm, shared): seeds for arm, seeds in arms.items()}
+        arms.setdefault(arm, []).append(read_series(path))
+    shared, named = os.path.commonpath([arm.parent for arm in arms]), {}
+    for arm, seeds in arms.items():
+        named[f"{cut(os.path.relpath(arm, shared))} (n {len(seeds)})"] = seeds
+    return named
 
 
 def points(seeds: list[Series], name: str) -> dict[int, tuple[float, float]]:
@@ -1060,64 +991,52 @@ def points(seeds: list[Series], name: str) -> dict[int, tuple[float, float]]:
 
 def curve_table(arms: dict[str, list[Series]]):
     """The first and the last value of everything held out, and of what tells most of training."""
-    header, names, rows = ["metric (n held out)"], {}, []
-    for arm, seeds in arms.items():
-        header += [f"{cut(arm, 22)}, first", f"{cut(arm, 22)}, last"]
-        names |= seeds[0]
-    for name in names:
+    rows = []
+    for name in {name: 0 for seeds in arms.values() for name in seeds[0]}:
         if name.split("/")[0] in TABLED and not name.endswith(("_n", "_se")):
-            counts, cells = Counter(), []
-            for seeds in arms.values():
-                counts.update(seeds[0].get(f"{name}_n", {}).values())
-                found = list(points(seeds, name).values()) or [(math.nan, math.nan)]
-                for mean, error in (found[0], found[-1]):
-                    text = f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan")
-                    cells.append(text.replace("nan", ""))
-            n = "/".join(f"{count:g}" for count in counts)
-            rows.append([f"{name} ({n})" if n else name, *cells])
-    print_table(header, rows)
-    print(f"eval/ is held out; all else are means of {WINDOW} steps")
-    for arm, seeds in arms.items():
-        lasts = ", ".join(str(max(map(max, series.values()))) for series in seeds)
-        over = "seeds" if len(seeds) > 1 else "prompts"
-        print(f"{cut(arm, 60)}: n {len(seeds)}, ± over {over}; to step {lasts}")
+            for arm, seeds in arms.items():
+                counts = seeds[0].get(f"{name}_n", {}).values()
+                cells = [name, arm, "/".join({f"{count:g}": 0 for count in counts})]
+                found = list(points(seeds, name).items())
+                for step, (mean, error) in found[:1] + found[-1:]:
+                    value = f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan")
+                    cells.append(f"{value} (step {step})")
+                if found:
+                    rows.append(cells)
+    print_table(["metric", "arm", "n held out", "first", "last"], rows)
+    print(f"± over seeds, of a single one over prompts; eval/ is held out, the rest means of {WINDOW} steps")
 
 
 def curves(options: Namespace):
     """A table and a picture of the metrics of runs: a colour for each arm, its standard error as a
-    band, a style for each metric."""
+    band; the first metric of a panel is solid, the second dashed."""
     arms, out = read_arms(options.run), options.out or "curves.png"
     curve_table(arms)
-    if not importlib.util.find_spec("matplotlib"):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
         return print("no picture: pip install matplotlib")
-    import matplotlib
-
-    matplotlib.use("Agg")  # to a file, also where there is no screen
-    from matplotlib import pyplot
 
     known = {name for seeds in arms.values() for name in seeds[0]}
-    panels = [panel for panel in PANELS.items() if known.intersection(panel[1])][:DRAWN]
-    figure = pyplot.figure(figsize=(4 * DRAWN, 4), layout="constrained")
-    for place, (title, metrics) in enumerate(panels, 1):
+    panels = [panel for panel in PANELS if known.intersection(panel)][:DRAWN]
+    figure = Figure((4 * DRAWN, 4), layout="constrained")
+    for place, (solid, dashed) in enumerate(panels, 1):
         axis = figure.add_subplot(1, len(panels), place, xlabel="step")
-        axis.set_title(title, fontsize=10)
-        for colour, seeds in enumerate(arms.values()):
-            for style, metric in zip(STYLES, metrics):
-                draw(axis, points(seeds, metric), style, f"C{colour}")
-
-    labels = [f"{cut(arm, 40)} (n {len(seeds)})" for arm, seeds in arms.items()]
-    keys = [pyplot.Line2D([], [], color=f"C{colour}") for colour in range(len(arms))]
-    figure.legend(keys, labels, loc="outside upper center", ncols=3)  # room for cut names
+        axis.set_title(f"{solid} (solid)\n{dashed} (dashed)", fontsize=10)
+        for colour, (arm, seeds) in enumerate(arms.items()):
+            draw(axis, points(seeds, dashed), "--", f"C{colour}", "")
+            draw(axis, points(seeds, solid), "-", f"C{colour}", arm)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     with in_one_line(f"--out {out}"):  # not a kind of picture that matplotlib writes
         figure.savefig(out, dpi=75)
     print(out)
 
 
-def draw(axis, found: dict[int, tuple[float, float]], style: str, color: str):
+def draw(axis, found: dict[int, tuple[float, float]], style: str, color: str, label: str):
     """A line and its band; single points are marked where they are few."""
     steps, (means, errors) = list(found), torch.tensor([*found.values()]).reshape(-1, 2).T
     marker = "o" if len(steps) <= 20 else ""
-    axis.plot(steps, means, style, marker=marker, markersize=4, color=color)
+    axis.plot(steps, means, style, marker=marker, markersize=4, color=color, label=label)
     axis.fill_between(steps, means - errors, means + errors, alpha=0.15, color=color)
 
 
@@ -1246,8 +1165,6 @@ def check_options(options: Namespace):
         raise BadInput("--model is missing")
     if options.annotations and (options.model or options.judge):
         raise BadInput("--annotations are judged: --model and --judge have no effect")
-    if options.tiny and (options.reference or options.judge):
-        raise BadInput("--reference and --judge have no effect in the tiny world: give a --model")
     if vars(options).get("verifier", "plain") not in data_prep.VERIFIERS:
         raise BadInput("--verifier: math_verify or plain")
 
