@@ -129,7 +129,7 @@ class Evaluation:
         self.rehearsal = False  # what is wrong is found, nothing is asked or written
         self.loaded, self.actor = "", None  # the model or the judge, whichever is in memory
         shared = "device", "rollout_tokens", "max_new_tokens", "judge_max_new_tokens"
-        self.config = urpo.Config(**{setting: getattr(options, setting) for setting in shared})
+        self.config = urpo.Config(**{k: v for k, v in vars(options).items() if k in shared})
         self.check_owner("model.json", model)
 
     def check_owner(self, path: str, model: str):
@@ -139,7 +139,7 @@ class Evaluation:
             name = owner.parent.name
             raise BadInput(f"{owner.parent}: of another {name}: give a --name or --out_dir")
 
-    def texts(self, what: str, items: list, make, limit: int, n=1, temperature=0.0) -> list:
+    def texts(self, what: str, items: list, make, limit: int, temperature=0.0, n=1) -> list:
         """To the prompt of each item n answers {"text", "truncated"} of the model, or None."""
         def answer(actor: urpo.Actor, asked: list[list[int]]) -> list:
             groups = urpo.sample(actor.model, asked, n, [limit] * len(asked), temperature,
@@ -223,8 +223,9 @@ class Evaluation:
             "settings": vars(self.options) | {"name": self.name, "model": self.model},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
         if self.ranks.main and not self.rehearsal:
-            said = ", ".join(f"{value} {name}" for name, value in notes.items())
-            print(textwrap.fill(f"{self.home / folder}: {said}", WIDTH), flush=True)
+            said = [f"{value} {name}" for name, value in notes.items()]
+            said += [f"{name}: {score.note}" for name, score in scores.items() if score.note]
+            print(textwrap.fill(f"{self.home / folder}: {'; '.join(said)}", WIDTH), flush=True)
         return scores
 
 
@@ -275,7 +276,8 @@ def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
     tokenizer, context = urpo.load_tokenizer(model)
     prompts = []
     for number, item in enumerate(items, 1):
-        with in_one_line(f"{model}: its template refuses row {number} of {what}", TemplateError):
+        # a tokenizer refuses half a surrogate pair, which stands where bytes of a file are no text
+        with in_one_line(f"{model} refuses row {number} of {what}", TemplateError, TypeError):
             ids = make(tokenizer, item)
         prompts.append(ids if ids is not None and len(ids) + limit <= context else None)
     if prompts.count(None) == len(items) > 0:
@@ -287,16 +289,13 @@ def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
 # A benchmark with a row less is another benchmark: in training a bad row may be dropped, here it is
 # an error that names the file, the row and what was expected.
 def read_rows(source: str, *columns: str) -> list:
-    """Raw rows of a file or Hub set, with strings in these columns, numbers as `preference`. What
-    reads the file (data_prep.load) has put half surrogates where its bytes are no text."""
+    """Raw rows of a file or Hub set, with strings in these columns, numbers as `preference`."""
     rows = list(data_prep.load(data_prep.parse_source(source), random.Random(0)))
     for i, row in enumerate(rows, 1):
-        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
-            raise BadInput(f"{source}: row {i}: half a surrogate pair, which no tokenizer takes")
-        if not all(isinstance(row, dict) and isinstance(row.get(c), str) for c in columns):
-            raise BadInput(f"{source}: row {i}: expected strings as {', '.join(columns)}")
-        if columns and not isinstance(row.get("preference", 0), (int, float, type(None))):
-            raise BadInput(f"{source}: row {i}: preference: expected a number or null")
+        good = all(isinstance(row, dict) and isinstance(row.get(c), str) for c in columns)
+        if columns and not (good and isinstance(row.get("preference"), (int, float, type(None)))):
+            expected = f"strings as {', '.join(columns)}, a number or null as preference"
+            raise BadInput(f"{source}: row {i}: expected {expected}")
     if not rows:
         raise BadInput(f"{source}: has no rows")
     return rows
@@ -331,6 +330,7 @@ def set_name(source: str) -> str:
 
 # ================================================================================= AlpacaEval 2
 HUB = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"  # of gpt4_1106_preview
+DUEL = Path(__file__).parent / "assets/alpaca_eval_clf.txt"
 DRAWS = 1000  # of the bootstrap: its error is known to 2 %
 
 
@@ -443,27 +443,15 @@ def read_gamed(path: str) -> tuple[Tensor, list[float]]:
 
 
 def duel_prompt(instruction: str, first: str, second: str) -> list[dict]:
-    """The official judge prompt (alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt, Apache 2.0)."""
-    system = (
-        "You are a highly efficient assistant, who evaluates and selects the best large language "
-        "model (LLMs) based on the quality of their responses to a given instruction. This process "
-        "will be used to create a leaderboard reflecting the most accurate and human-preferred "
-        "answers.")
-    parts = [
-        "I require a leaderboard for various large language models. I'll provide you with prompts "
-        "given to these models and their corresponding outputs. Your task is to assess these "
-        "responses, and select the model that produces the best output from a human perspective."
-        '\n\n## Instruction\n\n{\n    "instruction": """', instruction, '""",\n}\n\n## Model '
-        "Outputs\n\nHere are the unordered outputs from the models. Each output is associated with "
-        "a specific model, identified by a unique model identifier.\n\n{\n    {\n        "
-        '"model_identifier": "m",\n        "output": """', first, '"""\n    },\n    {\n        '
-        '"model_identifier": "M",\n        "output": """', second, '"""\n    }\n}\n\n## Task\n\n'
-        "Evaluate the models based on the quality and relevance of their outputs, and select the "
-        "model that generated the best output. Answer by providing the model identifier of the "
-        "best model. We will use your output as the name of the best model, so make sure your "
-        "output only contains one of the following model identifiers and nothing else (no quotes, "
-        "no spaces, no new lines, ...): m or M.\n\n## Best Model Identifier"]
-    return [{"role": "system", "content": system}, {"role": "user", "content": "".join(parts)}]
+    """The official judge prompt as chat messages. Its file is the one of alpaca_eval (Apache 2.0),
+    alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt: turns between tags, and places to fill."""
+    texts = {"instruction": instruction, "output_1": first, "output_2": second}
+    messages = []
+    for role, turn in re.findall(r"<\|im_start\|>(\w+)\n(.*?)\n<\|im_end\|>", DUEL.read_text(), re.S):
+        # all places at once: what looks like one in the texts themselves stays as it is
+        content = re.sub("{(instruction|output_1|output_2)}", lambda match: texts[match[1]], turn)
+        messages.append({"role": role, "content": content})
+    return messages
 
 
 def length_controlled_score(annotations: list[dict], order: list[str], table, published) -> Score:
@@ -505,9 +493,9 @@ def alpaca(run: Evaluation) -> dict[str, Score]:
     # ---- count
     annotator = annotations[0]["annotator"]
     win_rate, discrete, counts = win_rates(annotations)
+    controlled = length_controlled_score(annotations, order, table, bool(options.annotations))
     scores = {
-        "length-controlled win rate": length_controlled_score(
-            annotations, order, table, bool(options.annotations)),
+        "length-controlled win rate": controlled,
         "win rate": win_rate._replace(note=f"judged by {annotator}"),
         "discrete win rate": discrete}
     counts["avg_length"] = sum(len(row["output_2"]) for row in annotations) // len(annotations)
@@ -526,8 +514,8 @@ def answer_all(run: Evaluation, reference: list[dict], notes: Counter) -> list[d
     written for `alpaca_eval --model_outputs`, too."""
     options, rows, outputs = run.options, [], []
     chats = [data_prep.chat(row["instruction"]) for row in reference]
-    answers = run.texts("AlpacaEval", chats, urpo.encode, options.max_new_tokens, 1,
-                        options.temperature)
+    limit, temperature = options.max_new_tokens, options.temperature
+    answers = run.texts("AlpacaEval", chats, urpo.encode, limit, temperature)
     for row, answer in zip(reference, answers):
         if answer:
             output = without_thoughts(answer[0]["text"]).strip()
@@ -667,17 +655,16 @@ def read_lists(options: Namespace) -> tuple[list[dict], int]:
     return lists, others
 
 
-def judge_lists(run: Evaluation, lists: list[dict]):
-    """Add `verdicts` to each list: scores of its responses in their own order, or None; one for a
-    random order of showing them, one for the reverse. Of Ties each response is shown alone. What
-    does not fit adds nothing."""
+def judge_lists(run: Evaluation, lists: list[dict]) -> list[dict]:
+    """-> those lists of which all orders fit the context, each with its `verdicts`: scores of its
+    responses in their own order, or None; one for a random order of showing them, one for the
+    reverse. Of Ties each response is shown alone. And with what `credit` says."""
     def make(tokenizer, question: tuple) -> list[int] | None:
         item, shown, rng = question
         try:
-            judge = urpo.judge_prompt(item, item["responses"], shown, tokenizer, rng, config)
+            return urpo.judge_prompt(item, item["responses"], shown, tokenizer, rng, config).prompt_ids
         except ValueError:  # even cut responses do not fit
             return None
-        return judge.prompt_ids
 
     config, asked = run.config, []
     limit, (_, context) = config.judge_max_new_tokens, urpo.load_tokenizer(run.model)
@@ -695,6 +682,8 @@ def judge_lists(run: Evaluation, lists: list[dict]):
             in_order = [score for _, score in sorted(zip(shown, scores))] if scores else None
             item["verdicts"].append(in_order)
             item["critiques"].append(answer[0]["text"])
+    complete = [item for item in lists if len(item["verdicts"]) == len(item["orders"])]
+    return [item | credit(item) for item in complete]
 
 
 def winners(verdict: list[float]) -> set[int]:
@@ -726,13 +715,11 @@ def credit(item: dict) -> dict:
 
 def rewardbench(run: Evaluation) -> dict[str, Score]:
     """RewardBench: does the model as the judge prefer the right response?"""
-    options, by_subset, records = run.options, {}, []
+    options, by_subset = run.options, {}
     lists, others = read_lists(options)
-    judge_lists(run, lists)
-    for item in lists:
-        if len(item["verdicts"]) == len(item["orders"]):
-            records.append(item | credit(item))
-            by_subset.setdefault(item["subset"], []).append(records[-1])
+    records = judge_lists(run, lists)
+    for record in records:
+        by_subset.setdefault(record["subset"], []).append(record)
 
     def mean(name: str, part: list[dict]) -> Score:
         return percent([(json.dumps(record["prompt"]), record.get(name)) for record in part])
@@ -781,8 +768,7 @@ def read_suites(options: Namespace) -> dict[str, tuple[list, int, float]]:
         match = re.fullmatch(r"(?:(.+)=)?([1-9]\d*)(?:@(\d*\.?\d+))?", word)
         n, temperature = (int(match[2]), float(match[3] or 0)) if match else (0, 0.0)
         if not n or n > 1 and not temperature or match[1] and match[1] not in suites:
-            raise BadInput(f"--samples {word}: expected 1, N@TEMPERATURE or SUITE=N@TEMPERATURE, a "
-                           f"suite of {', '.join(suites)}"[:300])
+            raise BadInput(f"--samples {word}: expected 1, N@TEMPERATURE or SUITE=N@TEMPERATURE")
         for name in [match[1]] if match[1] else suites:
             suites[name] = suites[name][0], n, temperature
     return suites
@@ -796,7 +782,7 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
     options, scores, averages, records = run.options, {}, [], []
     verify = data_prep.VERIFIERS[options.verifier]
     for name, (rows, n, temperature) in read_suites(options).items():
-        answers = run.texts(name, rows, make, options.max_new_tokens, n, temperature)
+        answers = run.texts(name, rows, make, options.max_new_tokens, temperature, n)
         shares, solved, short = [], [], 0
         for (row, task), of_problem in zip(rows, answers, strict=True):
             texts = [answer["text"] for answer in of_problem or []]
@@ -827,23 +813,21 @@ def tiny_world() -> dict:
     no judge there; how good they are urpo.py itself has printed."""
     preset = urpo.PRESETS["tiny"]
     runs = sorted(Path("runs").glob("tiny-*/final/config.json"), key=os.path.getmtime)
-    return {"tiny": True, "model": [str(runs[-1].parent) if runs else preset["model"]],
-            "lists": [preset["eval_data"]], "problems": [preset["eval_data"]], "verifier": "plain",
-            "max_new_tokens": preset["max_new_tokens"],
-            "judge_max_new_tokens": preset["judge_max_new_tokens"]}
+    return {
+        "tiny": True, "model": [str(runs[-1].parent) if runs else preset["model"]],
+        "lists": [preset["eval_data"]], "problems": [preset["eval_data"]], "verifier": "plain",
+        **{limit: preset[limit] for limit in ("max_new_tokens", "judge_max_new_tokens")}}
 
 
 def named_runs(options: Namespace, ranks: urpo.Ranks) -> list[Evaluation]:
     """One for each model, or file of judgements, which says whose answers were judged. Two of one
     name would write into one folder."""
-    called = options.model
-    if options.annotations:
-        called = [str(read_annotations(file)[0]["generator_2"]) for file in options.annotations]
+    files = options.annotations
+    called = [str(read_annotations(file)[0]["generator_2"]) for file in files] or options.model
     names = options.name or list(map(short_name, called))
     if len(names) != len(called) or len(set(names)) < len(names):
         raise BadInput(f"{len(called)} models called {', '.join(names)}: a --name for each"[:300])
-    models = options.annotations or options.model
-    return [Evaluation(options, ranks, *of_model) for of_model in zip(names, models)]
+    return [Evaluation(options, ranks, *of_one) for of_one in zip(names, files or options.model)]
 
 
 def add_differences(columns: dict[str, dict[str, Score]]):
@@ -859,17 +843,13 @@ def add_differences(columns: dict[str, dict[str, Score]]):
 
 
 def print_scores(title: str, columns: dict[str, dict[str, Score]]):
-    """A table of all models and their differences; what is to be noted stands below."""
+    """A table of all models and their differences; n of both, where it differs."""
     rows = []
     for score in next(iter(columns.values())):
         found = [column[score] for column in columns.values()]
         rows.append([score, *found, "/".join({str(of_model.n): 0 for of_model in found})])
     print("\nPercent ± standard error over prompts; of a difference over the same ones, paired")
     print_table([title, *columns, "n"], rows)
-    for name, column in columns.items():
-        for score, of_model in column.items():
-            if of_model.note:
-                print(textwrap.fill(f"{name}, {score}: {of_model.note}", WIDTH))
 
 
 def evaluate(options: Namespace):
@@ -879,7 +859,7 @@ def evaluate(options: Namespace):
     ranks = urpo.Ranks(urpo.Config(device=options.device))
     commands = [options.command]
     if options.command == "all":
-        commands = ["alpaca"] * (not options.tiny) + ["rewardbench", "reasoning"]
+        commands = ["rewardbench", "reasoning"] if options.tiny else list(COMMANDS)[:3]
     runs, columns = named_runs(options, ranks), {}
     # First with empty answers: what is wrong (a row, a template, a context that is too short) is
     # said before a model is asked for hours
@@ -950,11 +930,9 @@ def read_series(run: Path) -> Series:
     for line in read_lines(run / "metrics.jsonl", "step"):
         step = line.pop("step")
         for name, value in line.items():
-            if step in series.setdefault(name, {}):
-                raise BadInput(f"{run}: step {step} is logged twice: two runs in one file?")
             window = 1 if name.startswith("eval/") else WINDOW
             recent[name] = [*recent.get(name, []), value][-window:]
-            series[name][step] = fmean(recent[name])
+            series.setdefault(name, {})[step] = fmean(recent[name])
     if not series:
         raise BadInput(f"{run}: no metrics yet")
     return series
@@ -1004,7 +982,8 @@ def curve_table(arms: dict[str, list[Series]]):
                 if found:
                     rows.append(cells)
     print_table(["metric", "arm", "n held out", "first", "last"], rows)
-    print(f"± over seeds, of a single one over prompts; eval/ is held out, the rest means of {WINDOW} steps")
+    print("± over seeds, of a single one over prompts")
+    print(f"eval/ is held out; all else are means of {WINDOW} steps")
 
 
 def curves(options: Namespace):
@@ -1059,11 +1038,10 @@ def group_rows(lines: list[dict]) -> list[tuple[str, str]]:
         rows.append(("true answer", str(first["truth"])))
 
     for i, line in enumerate(lines):
-        name = f"completion {i}: no reward"
-        if line["reward"] is not None:
-            name = f"completion {i}: reward {line['reward']:.2f}"
-        if "true_quality" in line:
-            name += f", true quality {line['true_quality']:.2f}"
+        name = f"completion {i}"
+        for value in ("reward", "true_quality"):
+            if line.get(value) is not None:  # there may be no signal for a reward
+                name += f"\n{value} {line[value]:.2f}"
         rows.append((name, line["completion"]))
     for judged in first.get("judged") or []:
         scores = judged["scores"] or ["does not parse"] * len(judged["shown"])
@@ -1079,13 +1057,11 @@ def samples(options: Namespace):
     fields = "step", "kind", "prompt", "truth", "completion", "reward"
     for line in read_lines(Path(options.run) / "samples.jsonl", *fields):
         groups.setdefault(line["step"], {}).setdefault(line["kind"], []).append(line)
-    steps = [step for step in sorted(groups, reverse=True) if step in (options.steps or groups)]
-    if not steps:
-        there = f"samples of {', '.join(map(str, groups))}" if groups else "no samples yet"
-        raise BadInput(f"{options.run}: --steps: there are {there}"[:300])
+    if not groups:
+        raise BadInput(f"{options.run}: no samples yet")
 
     parts = [f'<!doctype html><meta charset="utf-8"><title>{name}</title>{STYLE}<h1>{name}</h1>']
-    for step in steps:
+    for step in sorted(groups, reverse=True):
         parts.append(f"<h2>step {step}</h2>")
         for kind, lines in groups[step].items():
             parts.append(f"<h3>{html.escape(kind)}</h3><table>")
@@ -1125,7 +1101,6 @@ FLAGS = [  # (commands, flag, default, help); a list takes several values
     ("reasoning all", "--verifier", "math_verify", "math_verify (the package) or plain"),
     ("curves", "run", [], "folders of runs"),
     ("samples", "run", "", "folder of a run"),
-    ("samples", "--steps", [], "only these steps"),
     ("curves samples", "--out", "", "file to write; curves.png, samples.html in the run's folder"),
 ]
 
@@ -1140,10 +1115,8 @@ def parse(arguments: list[str] | None) -> Namespace:
         command = commands.add_parser(name, help=function.__doc__, allow_abbrev=False)
         for of_commands, flag, default, text in FLAGS:
             if name in of_commands.split():
-                how = {"type": type(default)}
-                if isinstance(default, list):
-                    how = {"type": int if flag == "--steps" else str, "nargs": "+"}
-                elif default is False:
+                how = {"nargs": "+"} if isinstance(default, list) else {"type": type(default)}
+                if default is False:
                     how = {"action": "store_true"}
                 text += f" (default {default})" if default else ""
                 command.add_argument(flag, default=default, help=text, **how)
