@@ -32,12 +32,11 @@ import sys
 import textwrap
 from argparse import Namespace
 from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
 
 import torch
-import transformers
 from jinja2 import TemplateError
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -53,12 +52,13 @@ WIDTH = 100  # columns of what is printed: a terminal beside an editor
 # Every number that is printed has its error and its n beside it. Two models answer the same
 # prompts, and a hard prompt is hard for both: an error of their difference that took them for
 # independent would be far too large. So a score remembers what each prompt adds to its deviation.
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """A score in percent (NaN: missing). The squares of its `parts` add up to its squared error:
     there is one for each independent unit, a prompt or a bootstrap draw. Sums and differences are
     taken part by part, so what models share on a prompt cancels: a difference is a paired one."""
     value: float = math.nan
-    parts: dict[str, float] = {}
+    parts: dict[str, float] = field(default_factory=dict)
     n: int = 0  # rows
     note: str = ""
 
@@ -161,10 +161,10 @@ class Evaluation:
         return self.ask("duels", judge, prompts, ["duel", identity(judge)], CHUNK, likeliest_tokens)
 
     def ask(self, what: str, model: str, prompts: list, decides: list, size: int, answer) -> list:
-        """What `answer(actor, prompts of a chunk)` gives for each prompt, in their order. A prompt
-        that is None does not fit the context, of an empty one there is nothing to ask: None.
-        `decides` is all that an answer depends on, besides the prompts of its chunk."""
-        places = [i for i, ids in enumerate(prompts) if ids]
+        """What `answer(actor, prompts of a chunk)` gives for each prompt, in their order; None for
+        None, a prompt that does not fit the context. `decides` is all that an answer depends on
+        besides the prompts of its chunk, which hold `size` prompts each."""
+        places = [i for i, ids in enumerate(prompts) if ids is not None]
         places.sort(key=lambda i: len(prompts[i]))  # alike: little padding
         chunks = {}  # file -> the prompts that are asked together, by their places
         for start in range(0, len(places), size):
@@ -213,15 +213,14 @@ class Evaluation:
             path.parent.mkdir(parents=True, exist_ok=True)
             # The same command may run twice at once: each process has a draft of its own.
             draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            draft.write_text(json.dumps(value, indent=1, allow_nan=False))
+            draft.write_text(json.dumps(value, indent=1, allow_nan=False, default=Score.record))
             draft.replace(path)
 
     def finish(self, folder: str, scores: dict[str, Score], notes: dict) -> dict[str, Score]:
         """Write results.json, say where and what is to be noted -> the scores."""
-        self.write(f"{folder}/results.json", {
-            "scores": {name: score.record() for name, score in scores.items()}, "notes": notes,
-            "settings": vars(self.options) | {"name": self.name, "model": self.model},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
+        settings = vars(self.options) | {"name": self.name, "model": self.model}
+        results = {"scores": scores, "notes": notes, "settings": settings}
+        self.write(f"{folder}/results.json", results)
         if self.ranks.main and not self.rehearsal:
             said = [f"{value} {name}" for name, value in notes.items()]
             said += [f"{name}: {score.note}" for name, score in scores.items() if score.note]
@@ -270,7 +269,7 @@ def short_name(of: str) -> str:
 
 
 def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
-    """The prompt `make(tokenizer, item)` of each item ([]: nothing to ask), None where with `limit`
+    """The prompt `make(tokenizer, item)` of each item, None where there is none or with `limit`
     more tokens it exceeds the model's context. BadInput if none is left (there would be no score),
     or if the chat template refuses one: some want no system message, some turns that alternate."""
     tokenizer, context = urpo.load_tokenizer(model)
@@ -447,7 +446,8 @@ def duel_prompt(instruction: str, first: str, second: str) -> list[dict]:
     alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt: turns between tags, and places to fill."""
     texts = {"instruction": instruction, "output_1": first, "output_2": second}
     messages = []
-    for role, turn in re.findall(r"<\|im_start\|>(\w+)\n(.*?)\n<\|im_end\|>", DUEL.read_text(), re.S):
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)\n<\|im_end\|>", DUEL.read_text(), re.DOTALL)
+    for role, turn in turns:
         # all places at once: what looks like one in the texts themselves stays as it is
         content = re.sub("{(instruction|output_1|output_2)}", lambda match: texts[match[1]], turn)
         messages.append({"role": role, "content": content})
@@ -496,7 +496,7 @@ def alpaca(run: Evaluation) -> dict[str, Score]:
     controlled = length_controlled_score(annotations, order, table, bool(options.annotations))
     scores = {
         "length-controlled win rate": controlled,
-        "win rate": win_rate._replace(note=f"judged by {annotator}"),
+        "win rate": replace(win_rate, note=f"judged by {annotator}"),
         "discrete win rate": discrete}
     counts["avg_length"] = sum(len(row["output_2"]) for row in annotations) // len(annotations)
     return run.finish(f"alpaca{run.trial}/{short_name(annotator)}", scores, counts | +notes)
@@ -534,8 +534,6 @@ def judge_all(run: Evaluation, rows: list[dict], notes: Counter):
     in the order that is_switched draws. Equal outputs are a draw, and not asked about."""
     def make(tokenizer, row: dict) -> list[int]:
         shown = [row["output_1"], row["output_2"]]
-        if shown[0] == shown[1]:
-            return []
         if is_switched(row["instruction"]):
             shown.reverse()
         return urpo.encode(tokenizer, duel_prompt(row["instruction"], *shown))
@@ -544,12 +542,14 @@ def judge_all(run: Evaluation, rows: list[dict], notes: Counter):
     annotator = f"weighted_alpaca_eval_{short_name(judge)}"
     folder = f"alpaca{run.trial}/{annotator}"
     run.check_owner(f"{folder}/judge.json", judge)
-    for row, top in zip(rows, run.duels(judge, rows, make)):
-        equal = row["output_1"] == row["output_2"]
-        notes["not judged: longer than the judge's context"] += top is None and not equal
+    for row in rows:
+        row |= {"preference": 1.5, "annotator": annotator}
+    asked = [row for row in rows if row["output_1"] != row["output_2"]]
+    for row, top in zip(asked, run.duels(judge, asked, make)):
+        notes["not judged: longer than the judge's context"] += top is None
         logprobs = dict(reversed(top or []))  # of two tokens spelled alike the likelier one counts
-        verdict = preference_from_logprobs(logprobs, is_switched(row["instruction"]))
-        row |= {"preference": 1.5 if equal else verdict, "annotator": annotator}
+        switched = is_switched(row["instruction"])
+        row["preference"] = preference_from_logprobs(logprobs, switched)
     run.write(f"{folder}/judge.json", identity(judge))
     run.write(f"{folder}/annotations.json", rows)
 
@@ -628,7 +628,7 @@ def ties_score(items: list[dict]) -> Score:
     ref_right = percent([(prompt, margin > 0) for prompt, margin in ref.items()])
     terms = [right, ref_right, percent(won), percent(won_by_both), percent(ratio)]
     score = combined(terms, [0.3, 0.3, 0.2, 0.2, 0.01], "at most 101")
-    return score._replace(n=len(tied | ref))
+    return replace(score, n=len(tied | ref))
 
 
 def read_lists(options: Namespace) -> tuple[list[dict], int]:
@@ -650,8 +650,6 @@ def read_lists(options: Namespace) -> tuple[list[dict], int]:
             responses = [task["responses"][i] for i in best_first]
             lists.append({"id": row["id"], "subset": subset, "prompt": task["prompt"],
                           "responses": responses, "num_correct": right, "ties": ties})
-    if not lists:
-        raise BadInput("no list has one best response")
     return lists, others
 
 
@@ -662,7 +660,8 @@ def judge_lists(run: Evaluation, lists: list[dict]) -> list[dict]:
     def make(tokenizer, question: tuple) -> list[int] | None:
         item, shown, rng = question
         try:
-            return urpo.judge_prompt(item, item["responses"], shown, tokenizer, rng, config).prompt_ids
+            judge = urpo.judge_prompt(item, item["responses"], shown, tokenizer, rng, config)
+            return judge.prompt_ids
         except ValueError:  # even cut responses do not fit
             return None
 
@@ -839,7 +838,7 @@ def add_differences(columns: dict[str, dict[str, Score]]):
         for score, a in old.items():
             b = new.get(score, Score())
             note = "" if a.n == b.n else f"{b.n} rows against {a.n}"
-            column[score] = combined([b, a], [1, -1], note)._replace(n=min(a.n, b.n))
+            column[score] = replace(combined([b, a], [1, -1], note), n=min(a.n, b.n))
 
 
 def print_scores(title: str, columns: dict[str, dict[str, Score]]):
@@ -855,7 +854,6 @@ def print_scores(title: str, columns: dict[str, dict[str, Score]]):
 def evaluate(options: Namespace):
     """All three. Of several models every score of the others minus that of the first is shown."""
     check_options(options)
-    transformers.utils.logging.disable_progress_bar()
     ranks = urpo.Ranks(urpo.Config(device=options.device))
     commands = [options.command]
     if options.command == "all":
@@ -876,12 +874,9 @@ def evaluate(options: Namespace):
         add_differences(columns)
         if ranks.main:
             print_scores(options.command + runs[0].trial, columns)
-        records = {}
-        for name, column in columns.items():
-            records[name] = {score: value.record() for score, value in column.items()}
         names = cut("+".join(run.name for run in runs), 120)
         by = f"-by-{short_name(options.judge)}" if options.judge else ""
-        runs[0].write(f"../{options.command}-{names}{by}{runs[0].trial}.json", records)
+        runs[0].write(f"../{options.command}-{names}{by}{runs[0].trial}.json", columns)
 
 
 def cut(name: str, most=30) -> str:
@@ -908,7 +903,6 @@ TABLED = "eval raw_score true_quality reward_tau reward length flat parse_rate e
 PANELS = [["raw_score/open", "true_quality/open"]]  # of each two the first one is drawn solid
 for held_out in ("referee_accuracy", "true_quality", "verifiable_accuracy"):
     PANELS.append([f"eval/{held_out}", f"eval/{held_out}_greedy"])
-DRAWN = 3  # the first panels that a run has something for: only the tiny world knows true quality
 WINDOW = 10  # steps of training that a value is the mean of: single ones are noise
 Series = dict[str, dict[int, float]]  # metric -> step -> its value in one run
 
@@ -996,16 +990,14 @@ def curves(options: Namespace):
     except ImportError:
         return print("no picture: pip install matplotlib")
 
-    known = {name for seeds in arms.values() for name in seeds[0]}
-    panels = [panel for panel in PANELS if known.intersection(panel)][:DRAWN]
-    figure = Figure((4 * DRAWN, 4), layout="constrained")
-    for place, (solid, dashed) in enumerate(panels, 1):
-        axis = figure.add_subplot(1, len(panels), place, xlabel="step")
+    figure = Figure((4 * len(PANELS), 4), layout="constrained")
+    for place, (solid, dashed) in enumerate(PANELS, 1):
+        axis = figure.add_subplot(1, len(PANELS), place, xlabel="step")
         axis.set_title(f"{solid} (solid)\n{dashed} (dashed)", fontsize=10)
         for colour, (arm, seeds) in enumerate(arms.items()):
             draw(axis, points(seeds, dashed), "--", f"C{colour}", "")
             draw(axis, points(seeds, solid), "-", f"C{colour}", arm)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     with in_one_line(f"--out {out}"):  # not a kind of picture that matplotlib writes
         figure.savefig(out, dpi=75)
     print(out)
@@ -1146,9 +1138,6 @@ def main(arguments: list[str] | None = None):
     options = parse(arguments)
     try:
         {"curves": curves, "samples": samples}.get(options.command, evaluate)(options)
-    except KeyboardInterrupt:
-        print("\nstopped; answers are kept: the same command goes on", file=sys.stderr)
-        raise SystemExit(130)
     except OSError as error:  # a full disk, a folder that cannot be written to: it names it
         raise BadInput(str(error)[:300])
     finally:
