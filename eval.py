@@ -136,8 +136,7 @@ class Evaluation:
         """BadInput if this file says that the folder it is in belongs to another model."""
         owner = self.home / path
         if owner.exists() and owner.read_text() != json.dumps(identity(model)):
-            name = owner.parent.name
-            raise BadInput(f"{owner.parent}: of another {name}: give a --name or --out_dir")
+            raise BadInput(f"{owner.parent} is of another model: give a --name or --out_dir")
 
     def texts(self, what: str, items: list, make, limit: int, temperature=0.0, n=1) -> list:
         """To the prompt of each item n answers {"text", "truncated"} of the model, or None."""
@@ -153,17 +152,12 @@ class Evaluation:
         decides += [self.options.seed] if temperature else []
         return self.ask(what, self.model, prompts, decides, max(1, CHUNK // n), answer)
 
-    def duels(self, judge: str, items: list, make) -> list:
-        """To the prompt of each item the likeliest tokens [[text, log-prob], ...], or None."""
-        prompts = prompts_of(judge, items, make, 1, "the judge")
-        if self.rehearsal:
-            return [None] * len(items)
-        return self.ask("duels", judge, prompts, ["duel", identity(judge)], CHUNK, likeliest_tokens)
-
     def ask(self, what: str, model: str, prompts: list, decides: list, size: int, answer) -> list:
         """What `answer(actor, prompts of a chunk)` gives for each prompt, in their order; None for
         None, a prompt that does not fit the context. `decides` is all that an answer depends on
         besides the prompts of its chunk, which hold `size` prompts each."""
+        if self.rehearsal:
+            return [None] * len(prompts)
         places = [i for i, ids in enumerate(prompts) if ids is not None]
         places.sort(key=lambda i: len(prompts[i]))  # alike: little padding
         chunks = {}  # file -> the prompts that are asked together, by their places
@@ -197,8 +191,8 @@ class Evaluation:
         """The model or its judge: one of them at a time is in memory."""
         if self.loaded != model:
             self.drop_model()
-            own = model == self.model  # the judge has its own stop tokens
-            self.config.stop_tokens = self.options.stop_tokens if own else ""
+            # --stop_tokens are the model's: its judge may have another tokenizer
+            self.config.stop_tokens = self.options.stop_tokens if model == self.model else ""
             self.actor = urpo.load_actor(model, self.config, self.ranks, False)
             self.loaded = model
 
@@ -545,7 +539,9 @@ def judge_all(run: Evaluation, rows: list[dict], notes: Counter):
     for row in rows:
         row |= {"preference": 1.5, "annotator": annotator}
     asked = [row for row in rows if row["output_1"] != row["output_2"]]
-    for row, top in zip(asked, run.duels(judge, asked, make)):
+    prompts = prompts_of(judge, asked, make, 1, "the judge")
+    tops = run.ask("duels", judge, prompts, ["duel", identity(judge)], CHUNK, likeliest_tokens)
+    for row, top in zip(asked, tops):
         notes["not judged: longer than the judge's context"] += top is None
         logprobs = dict(reversed(top or []))  # of two tokens spelled alike the likelier one counts
         switched = is_switched(row["instruction"])
@@ -795,8 +791,7 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
             records.append({"suite": name, "id": row["id"], "prompt": task["prompt"],
                             "answer": task["answer"], "correct": correct, "texts": texts})
         note = f"temperature {temperature}; {short} of {n * len(shares)} answers cut short"
-        if None in answers:
-            note += f"; {answers.count(None)} not asked: longer than the context"
+        note += f"; {answers.count(None)} not asked: longer than the context"
         averages.append(percent(shares, note))
         scores[f"{name} avg@{n}"] = averages[-1]
         if n > 1:  # at least one of n is right
@@ -967,17 +962,19 @@ def curve_table(arms: dict[str, list[Series]]):
     for name in {name: 0 for seeds in arms.values() for name in seeds[0]}:
         if name.split("/")[0] in TABLED and not name.endswith(("_n", "_se")):
             for arm, seeds in arms.items():
-                counts = seeds[0].get(f"{name}_n", {}).values()
-                cells = [name, arm, "/".join({f"{count:g}": 0 for count in counts})]
-                found = list(points(seeds, name).items())
-                for step, (mean, error) in found[:1] + found[-1:]:
-                    value = f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan")
-                    cells.append(f"{value} (step {step})")
+                counts = Counter(seeds[0].get(f"{name}_n", {}).values())  # rows held out
+                metric = name + "".join(f" ({count:g})" for count in counts)
+                found, cells = list(points(seeds, name).values()), []
+                for mean, error in found[:1] + found[-1:]:
+                    cells.append(f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan"))
                 if found:
-                    rows.append(cells)
-    print_table(["metric", "arm", "n held out", "first", "last"], rows)
+                    rows.append([metric, arm, *cells])
+    print_table(["metric (rows held out)", "arm (n seeds)", "first", "last"], rows)
     print("± over seeds, of a single one over prompts")
     print(f"eval/ is held out; all else are means of {WINDOW} steps")
+    for arm, seeds in arms.items():
+        lasts = ", ".join(str(max(map(max, series.values()))) for series in seeds)
+        print(f"{arm}: to step {lasts}")
 
 
 def curves(options: Namespace):
