@@ -408,7 +408,7 @@ def length_controlled(rows: Tensor, gamed: Tensor) -> float:
     return 100 * torch.sigmoid(w[1] * rows[:, 2] + w[2]).mean().item()
 
 
-def length_control(annotations: list[dict], levels: list[float], gamed: Tensor, note) -> Score:
+def length_control(annotations: list[dict], levels: list[float], gamed: Tensor, note="") -> Score:
     """`levels`: difficulties. The error is over DRAWS sets of rows, drawn with replacement, fitted
     anew. Models on the same instructions meet the same draws: their difference is paired."""
     wins = [outcome(row["preference"]) for row in annotations]
