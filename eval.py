@@ -171,7 +171,7 @@ class Evaluation:
         self.ranks.gather(None)  # all have looked
         if missing:
             self.write("model.json", identity(self.model))
-            self.load(model)
+            self.hold(model)
             mine = missing[self.ranks.rank :: self.ranks.world]
             with self.ranks.unsharded(self.actor.model):
                 for file in tqdm(mine, what, disable=not self.ranks.main):
@@ -187,18 +187,15 @@ class Evaluation:
                     answers[place] = found
         return answers
 
-    def load(self, model: str):
-        """The model or its judge: one of them at a time is in memory."""
+    def hold(self, model: str):
+        """Have this one in memory, the model or its judge; "": neither."""
         if self.loaded != model:
-            self.drop_model()
+            self.loaded, self.actor = model, None
+            gc.collect()  # a sharded model refers to itself: not named any more, it would stay
+        if model and not self.actor:
             # --stop_tokens are the model's: its judge may have another tokenizer
             self.config.stop_tokens = self.options.stop_tokens if model == self.model else ""
             self.actor = urpo.load_actor(model, self.config, self.ranks, False)
-            self.loaded = model
-
-    def drop_model(self):
-        self.loaded, self.actor = "", None
-        gc.collect()  # a sharded model refers to itself: no longer named, it would still be there
 
     def write(self, name: str, value):
         """Whole or not at all; by rank 0, but for answers, of which every rank has its own."""
@@ -537,15 +534,14 @@ def judge_all(run: Evaluation, rows: list[dict], notes: Counter):
     folder = f"alpaca{run.trial}/{annotator}"
     run.check_owner(f"{folder}/judge.json", judge)
     for row in rows:
-        row |= {"preference": 1.5, "annotator": annotator}
+        row.update(preference=1.5, annotator=annotator)  # a draw, if the outputs are equal
     asked = [row for row in rows if row["output_1"] != row["output_2"]]
     prompts = prompts_of(judge, asked, make, 1, "the judge")
     tops = run.ask("duels", judge, prompts, ["duel", identity(judge)], CHUNK, likeliest_tokens)
     for row, top in zip(asked, tops):
         notes["not judged: longer than the judge's context"] += top is None
         logprobs = dict(reversed(top or []))  # of two tokens spelled alike the likelier one counts
-        switched = is_switched(row["instruction"])
-        row["preference"] = preference_from_logprobs(logprobs, switched)
+        row["preference"] = preference_from_logprobs(logprobs, is_switched(row["instruction"]))
     run.write(f"{folder}/judge.json", identity(judge))
     run.write(f"{folder}/annotations.json", rows)
 
@@ -803,12 +799,12 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
 
 # ================================================================================= All models
 def tiny_world() -> dict:
-    """What `all` is about if no model is named: the newest tiny run, else its start. Answers have
-    no judge there; how good they are urpo.py itself has printed."""
+    """The flags of `all` if no model is named: the newest tiny run, else its start."""
     preset = urpo.PRESETS["tiny"]
     runs = sorted(Path("runs").glob("tiny-*/final/config.json"), key=os.path.getmtime)
     return {
-        "tiny": True, "model": [str(runs[-1].parent) if runs else preset["model"]],
+        "commands": ["rewardbench", "reasoning"],  # answers have no judge there
+        "model": [str(runs[-1].parent) if runs else preset["model"]],
         "lists": [preset["eval_data"]], "problems": [preset["eval_data"]], "verifier": "plain",
         **{limit: preset[limit] for limit in ("max_new_tokens", "judge_max_new_tokens")}}
 
@@ -837,10 +833,10 @@ def add_differences(columns: dict[str, dict[str, Score]]):
 
 
 def print_scores(title: str, columns: dict[str, dict[str, Score]]):
-    """A table of all models and their differences; n of both, where it differs."""
+    """A table of all models and their differences. n: rows, of each model where they differ."""
     rows = []
     for score in next(iter(columns.values())):
-        found = [column[score] for column in columns.values()]
+        found = [column.get(score, Score()) for column in columns.values()]
         rows.append([score, *found, "/".join({str(of_model.n): 0 for of_model in found})])
     print("\nPercent ± standard error over prompts; of a difference over the same ones, paired")
     print_table([title, *columns, "n"], rows)
@@ -850,9 +846,6 @@ def evaluate(options: Namespace):
     """All three. Of several models every score of the others minus that of the first is shown."""
     check_options(options)
     ranks = urpo.Ranks(urpo.Config(device=options.device))
-    commands = [options.command]
-    if options.command == "all":
-        commands = ["rewardbench", "reasoning"] if options.tiny else list(COMMANDS)[:3]
     runs, columns = named_runs(options, ranks), {}
     # First with empty answers: what is wrong (a row, a template, a context that is too short) is
     # said before a model is asked for hours
@@ -860,10 +853,10 @@ def evaluate(options: Namespace):
         for run in runs:
             run.rehearsal = rehearsal
             column = columns[run.name] = {}
-            for command in commands:
-                for score, value in COMMANDS[command](run).items():
+            for command in options.commands:
+                for score, value in SCORES[command](run).items():
                     column[f"{command}: {score}"] = value
-            run.drop_model()  # the next one may need its memory
+            run.hold("")  # the next one may need its memory
 
     if any(columns.values()):  # else there are answers that nobody has judged
         add_differences(columns)
@@ -938,7 +931,7 @@ def read_arms(runs: list[str]) -> dict[str, list[Series]]:
         arms.setdefault(arm, []).append(read_series(path))
     shared, named = os.path.commonpath([arm.parent for arm in arms]), {}
     for arm, seeds in arms.items():
-        named[f"{cut(os.path.relpath(arm, shared))} (n {len(seeds)})"] = seeds
+        named[f"{os.path.relpath(arm, shared)} (n {len(seeds)})"] = seeds
     return named
 
 
@@ -958,8 +951,10 @@ def points(seeds: list[Series], name: str) -> dict[int, tuple[float, float]]:
 
 def curve_table(arms: dict[str, list[Series]]):
     """The first and the last value of everything held out, and of what tells most of training."""
-    rows = []
-    for name in {name: 0 for seeds in arms.values() for name in seeds[0]}:
+    names, rows = {}, []
+    for seeds in arms.values():
+        names |= seeds[0]
+    for name in names:
         if name.split("/")[0] in TABLED and not name.endswith(("_n", "_se")):
             for arm, seeds in arms.items():
                 counts = Counter(seeds[0].get(f"{name}_n", {}).values())  # rows held out
@@ -968,13 +963,12 @@ def curve_table(arms: dict[str, list[Series]]):
                 for mean, error in found[:1] + found[-1:]:
                     cells.append(f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan"))
                 if found:
-                    rows.append([metric, arm, *cells])
+                    rows.append([metric, cut(arm, 40), *cells])
     print_table(["metric (rows held out)", "arm (n seeds)", "first", "last"], rows)
-    print("± over seeds, of a single one over prompts")
-    print(f"eval/ is held out; all else are means of {WINDOW} steps")
+    print(f"± over seeds, of one over prompts; eval/ is held out, all else means of {WINDOW} steps")
     for arm, seeds in arms.items():
         lasts = ", ".join(str(max(map(max, series.values()))) for series in seeds)
-        print(f"{arm}: to step {lasts}")
+        print(f"{cut(arm, 40)}: to step {lasts}")
 
 
 def curves(options: Namespace):
@@ -993,7 +987,7 @@ def curves(options: Namespace):
         axis.set_title(f"{solid} (solid)\n{dashed} (dashed)", fontsize=10)
         for colour, (arm, seeds) in enumerate(arms.items()):
             draw(axis, points(seeds, dashed), "--", f"C{colour}", "")
-            draw(axis, points(seeds, solid), "-", f"C{colour}", arm)
+            draw(axis, points(seeds, solid), "-", f"C{colour}", cut(arm, 40))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     with in_one_line(f"--out {out}"):  # not a kind of picture that matplotlib writes
         figure.savefig(out, dpi=75)
@@ -1064,8 +1058,8 @@ def samples(options: Namespace):
 
 
 # ================================================================================= Main
-COMMANDS = {"alpaca": alpaca, "rewardbench": rewardbench, "reasoning": reasoning, "all": evaluate,
-            "curves": curves, "samples": samples}
+SCORES = {"alpaca": alpaca, "rewardbench": rewardbench, "reasoning": reasoning}
+COMMANDS = SCORES | {"all": evaluate, "curves": curves, "samples": samples}
 ASKING = "alpaca rewardbench reasoning all"
 FLAGS = [  # (commands, flag, default, help); a list takes several values
     (ASKING, "--model", [], "model folders or Hub names; several are compared with the first"),
@@ -1098,10 +1092,11 @@ def parse(arguments: list[str] | None) -> Namespace:
     """The flags of a command; those of another one argparse refuses."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("eval.py", None, __doc__, formatter_class=layout)
-    parser.set_defaults(annotations=[], judge="", tiny=False)  # for commands without these flags
+    parser.set_defaults(annotations=[], judge="")  # for commands without these flags
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, allow_abbrev=False)
+        command.set_defaults(commands=list(SCORES) if name == "all" else [name])
         for of_commands, flag, default, text in FLAGS:
             if name in of_commands.split():
                 how = {"nargs": "+"} if isinstance(default, list) else {"type": type(default)}
@@ -1135,6 +1130,9 @@ def main(arguments: list[str] | None = None):
     options = parse(arguments)
     try:
         {"curves": curves, "samples": samples}.get(options.command, evaluate)(options)
+    except KeyboardInterrupt:
+        print("\nstopped; answers are kept: the same command goes on", file=sys.stderr)
+        raise SystemExit(130)
     except OSError as error:  # a full disk, a folder that cannot be written to: it names it
         raise BadInput(str(error)[:300])
     finally:
