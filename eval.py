@@ -139,7 +139,8 @@ class Evaluation:
             raise BadInput(f"{owner.parent} is of another model: give a --name or --out_dir")
 
     def texts(self, what: str, items: list, make, limit: int, temperature=0.0, n=1) -> list:
-        """To the prompt of each item n answers {"text", "truncated"} of the model, or None."""
+        """For each item n answers of the model to its prompt, `make(tokenizer, item)`: {"text",
+        "truncated"}. None for an item whose prompt does not fit the context."""
         def answer(actor: urpo.Actor, asked: list[list[int]]) -> list:
             groups = urpo.sample(actor.model, asked, n, [limit] * len(asked), temperature,
                                  actor.stop_ids, self.options.rollout_tokens)
@@ -153,11 +154,12 @@ class Evaluation:
         return self.ask(what, self.model, prompts, decides, max(1, CHUNK // n), answer)
 
     def ask(self, what: str, model: str, prompts: list, decides: list, size: int, answer) -> list:
-        """What `answer(actor, prompts of a chunk)` gives for each prompt, in their order; None for
-        None, a prompt that does not fit the context. `decides` is all that an answer depends on
-        besides the prompts of its chunk, which hold `size` prompts each."""
+        """For each prompt what `answer(actor, prompts)` says of it: it stands in a file already, or
+        it is asked for now, in chunks of `size` prompts. `decides` is all that an answer depends
+        on besides the prompts of its chunk. None for None, a prompt that does not fit."""
         if self.rehearsal:
             return [None] * len(prompts)
+
         places = [i for i, ids in enumerate(prompts) if ids is not None]
         places.sort(key=lambda i: len(prompts[i]))  # alike: little padding
         chunks = {}  # file -> the prompts that are asked together, by their places
@@ -188,7 +190,7 @@ class Evaluation:
         return answers
 
     def hold(self, model: str):
-        """Have this one in memory, the model or its judge; "": neither."""
+        """Have this model in memory, be it the own one or its judge, and no other. "" frees it."""
         if self.loaded != model:
             self.loaded, self.actor = model, None
             gc.collect()  # a sharded model refers to itself: not named any more, it would stay
@@ -266,7 +268,7 @@ def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
     tokenizer, context = urpo.load_tokenizer(model)
     prompts = []
     for number, item in enumerate(items, 1):
-        # a tokenizer refuses half a surrogate pair, which stands where bytes of a file are no text
+        # Where the bytes of a file are no text stands half a surrogate pair: no tokenizer takes it
         with in_one_line(f"{model} refuses row {number} of {what}", TemplateError, TypeError):
             ids = make(tokenizer, item)
         prompts.append(ids if ids is not None and len(ids) + limit <= context else None)
@@ -279,7 +281,8 @@ def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
 # A benchmark with a row less is another benchmark: in training a bad row may be dropped, here it is
 # an error that names the file, the row and what was expected.
 def read_rows(source: str, *columns: str) -> list:
-    """Raw rows of a file or Hub set, with strings in these columns, numbers as `preference`."""
+    """The raw rows of a file or of a set on the Hub. BadInput where one of these columns holds no
+    string, or where `preference` holds no number."""
     rows = list(data_prep.load(data_prep.parse_source(source), random.Random(0)))
     for i, row in enumerate(rows, 1):
         good = all(isinstance(row, dict) and isinstance(row.get(c), str) for c in columns)
@@ -433,12 +436,11 @@ def read_gamed(path: str) -> tuple[Tensor, list[float]]:
 
 
 def duel_prompt(instruction: str, first: str, second: str) -> list[dict]:
-    """The official judge prompt as chat messages. Its file is the one of alpaca_eval (Apache 2.0),
-    alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt: turns between tags, and places to fill."""
+    """The official judge prompt as chat messages. Its text is alpaca_eval's (Apache 2.0), from
+    alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt: turns between tags, with places to fill."""
     texts = {"instruction": instruction, "output_1": first, "output_2": second}
     messages = []
-    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)\n<\|im_end\|>", DUEL.read_text(), re.DOTALL)
-    for role, turn in turns:
+    for role, turn in re.findall(r"<.im_start.>(\w+)\n(.*?)\n<.im_end.>", DUEL.read_text(), re.S):
         # all places at once: what looks like one in the texts themselves stays as it is
         content = re.sub("{(instruction|output_1|output_2)}", lambda match: texts[match[1]], turn)
         messages.append({"role": role, "content": content})
@@ -799,11 +801,12 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
 
 # ================================================================================= All models
 def tiny_world() -> dict:
-    """The flags of `all` if no model is named: the newest tiny run, else its start."""
+    """The flags of `all` where no model is named: the newest tiny run, else the model that such
+    runs start from. Nobody judges its answers there, so AlpacaEval is left out."""
     preset = urpo.PRESETS["tiny"]
     runs = sorted(Path("runs").glob("tiny-*/final/config.json"), key=os.path.getmtime)
     return {
-        "commands": ["rewardbench", "reasoning"],  # answers have no judge there
+        "commands": ["rewardbench", "reasoning"],
         "model": [str(runs[-1].parent) if runs else preset["model"]],
         "lists": [preset["eval_data"]], "problems": [preset["eval_data"]], "verifier": "plain",
         **{limit: preset[limit] for limit in ("max_new_tokens", "judge_max_new_tokens")}}
@@ -887,8 +890,9 @@ def print_table(header: list[str], rows: list[list]):
 
 # ================================================================================= Curves
 # What a run has written (README, Run it), as a table and a picture and as a page of samples.
+# Metrics that the table shows, by what stands in front of their slash.
 TABLED = "eval raw_score true_quality reward_tau reward length flat parse_rate entropy kl".split()
-PANELS = [["raw_score/open", "true_quality/open"]]  # of each two the first one is drawn solid
+PANELS = [["raw_score/open", "true_quality/open"]]  # of a pair the first is solid, the other dashed
 for held_out in ("referee_accuracy", "true_quality", "verifiable_accuracy"):
     PANELS.append([f"eval/{held_out}", f"eval/{held_out}_greedy"])
 WINDOW = 10  # steps of training that a value is the mean of: single ones are noise
@@ -923,16 +927,15 @@ def read_series(run: Path) -> Series:
 def read_arms(runs: list[str]) -> dict[str, list[Series]]:
     """Arm -> its seeds: runs in one folder whose names differ only in a last -sN. Arms of several
     folders are called by as much of their paths as differs."""
-    arms, paths = {}, [Path(run).resolve() for run in runs]
+    paths = [Path(run).resolve() for run in runs]
     if len(set(paths)) < len(paths):
         raise BadInput("a run is given twice: as two seeds of one arm it would show no error")
+    arms = {}
     for path in paths:
         arm = path.with_name(re.sub(r"-s\d+$", "", path.name))
         arms.setdefault(arm, []).append(read_series(path))
-    shared, named = os.path.commonpath([arm.parent for arm in arms]), {}
-    for arm, seeds in arms.items():
-        named[f"{os.path.relpath(arm, shared)} (n {len(seeds)})"] = seeds
-    return named
+    shared = os.path.commonpath([arm.parent for arm in arms])
+    return {os.path.relpath(arm, shared): seeds for arm, seeds in arms.items()}
 
 
 def points(seeds: list[Series], name: str) -> dict[int, tuple[float, float]]:
@@ -959,16 +962,17 @@ def curve_table(arms: dict[str, list[Series]]):
             for arm, seeds in arms.items():
                 counts = Counter(seeds[0].get(f"{name}_n", {}).values())  # rows held out
                 metric = name + "".join(f" ({count:g})" for count in counts)
-                found, cells = list(points(seeds, name).values()), []
+                found = list(points(seeds, name).values())
+                cells = []
                 for mean, error in found[:1] + found[-1:]:
                     cells.append(f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan"))
                 if found:
                     rows.append([metric, cut(arm, 40), *cells])
-    print_table(["metric (rows held out)", "arm (n seeds)", "first", "last"], rows)
+    print_table(["metric (rows held out)", "arm", "first", "last"], rows)
     print(f"± over seeds, of one over prompts; eval/ is held out, all else means of {WINDOW} steps")
     for arm, seeds in arms.items():
         lasts = ", ".join(str(max(map(max, series.values()))) for series in seeds)
-        print(f"{cut(arm, 40)}: to step {lasts}")
+        print(f"{cut(arm, 40)}: n {len(seeds)}, to step {lasts}")
 
 
 def curves(options: Namespace):
@@ -986,8 +990,9 @@ def curves(options: Namespace):
         axis = figure.add_subplot(1, len(PANELS), place, xlabel="step")
         axis.set_title(f"{solid} (solid)\n{dashed} (dashed)", fontsize=10)
         for colour, (arm, seeds) in enumerate(arms.items()):
+            label = f"{cut(arm, 40)} (n {len(seeds)})"
+            draw(axis, points(seeds, solid), "-", f"C{colour}", label)
             draw(axis, points(seeds, dashed), "--", f"C{colour}", "")
-            draw(axis, points(seeds, solid), "-", f"C{colour}", cut(arm, 40))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     with in_one_line(f"--out {out}"):  # not a kind of picture that matplotlib writes
         figure.savefig(out, dpi=75)
@@ -1089,7 +1094,8 @@ FLAGS = [  # (commands, flag, default, help); a list takes several values
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    """The flags of a command; those of another one argparse refuses."""
+    """What is given, over the defaults. Every command has a parser of its own, so that argparse
+    itself refuses the flags of another command."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("eval.py", None, __doc__, formatter_class=layout)
     parser.set_defaults(annotations=[], judge="")  # for commands without these flags

@@ -2265,12 +2265,12 @@ def test_curves_of_seeds(tmp_path, capsys):
         file.write('{"step": 41, "eval/true_qua')
     evaluators.main(["curves", *map(str, runs), "--out", str(tmp_path / "curves.png")])
     printed = re.sub(" +", " ", capsys.readouterr().out)
-    assert "a (n 3): to step 40, 40, 40\nb (n 1): to step 40" in printed
+    assert "a: n 3, to step 40, 40, 40\nb: n 1, to step 40" in printed
     for row in (
-        "eval/true_quality (77) | a (n 3) | 0.500 ± 0.000 | 0.800 ± 0.115",  # 0.2 / sqrt(3)
-        "eval/true_quality (77) | b (n 1) | 0.500 ± 0.050 | 0.250 ± 0.050",
-        "raw_score/open | a (n 3) | 0.000 ± 0.000 | 0.800 ± 0.115",
-        "raw_score/open | b (n 1) | 0.000 | 0.250",
+        "eval/true_quality (77) | a | 0.500 ± 0.000 | 0.800 ± 0.115",  # 0.2 / sqrt(3)
+        "eval/true_quality (77) | b | 0.500 ± 0.050 | 0.250 ± 0.050",
+        "raw_score/open | a | 0.000 ± 0.000 | 0.800 ± 0.115",
+        "raw_score/open | b | 0.000 | 0.250",
     ):
         assert f"| {row} |" in printed
     assert "no picture" in printed or (tmp_path / "curves.png").stat().st_size > 10000
@@ -2289,9 +2289,9 @@ def test_arms(tmp_path, capsys):
         write_rows(Path(run) / "metrics.jsonl", lines[run == runs[-1] :])
     evaluators.main(["curves", *runs, "--out", str(tmp_path / "curves.png")])
     printed = capsys.readouterr().out
-    for arm in ("exp1/run (n 1)", "exp2/run (n 1)"):
-        assert re.search(rf"eval/true_quality +. {re.escape(arm)} +. 0.500", printed)
-    assert "exp1/r (n 2): to step 1, 1" in printed
+    for arm in ("exp1/run", "exp2/run"):
+        assert re.search(f"eval/true_quality +. {arm} +. 0.500", printed)
+    assert "exp1/r: n 2, to step 1, 1" in printed
     assert max(map(len, printed.splitlines()[:-1])) <= 100
 
 
