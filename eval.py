@@ -497,9 +497,8 @@ def alpaca(run: Evaluation) -> dict[str, Score]:
 
 def read_annotations(file: str) -> list[dict]:
     """Judgements from elsewhere; they hold their reference."""
-    rows = read_rows(file, "instruction", "output_1", "output_2")
     missing = {"preference": None, "annotator": "unknown", "generator_2": "unknown"}
-    return [missing | row for row in rows]
+    return [missing | row for row in read_rows(file, "instruction", "output_1", "output_2")]
 
 
 def answer_all(run: Evaluation, reference: list[dict], notes: Counter) -> list[dict]:
@@ -835,14 +834,15 @@ def add_differences(columns: dict[str, dict[str, Score]]):
             column[score] = replace(combined([b, a], [1, -1], note), n=min(a.n, b.n))
 
 
-def print_scores(title: str, columns: dict[str, dict[str, Score]]):
+def print_scores(command: str, trial: str, columns: dict[str, dict[str, Score]]):
     """A table of all models and their differences. n: rows, of each model where they differ."""
     rows = []
     for score in next(iter(columns.values())):
         found = [column.get(score, Score()) for column in columns.values()]
-        rows.append([score, *found, "/".join({str(of_model.n): 0 for of_model in found})])
+        n = "/".join({str(of_model.n): 0 for of_model in found})
+        rows.append([score.removeprefix(f"{command}: "), *found, n])
     print("\nPercent ± standard error over prompts; of a difference over the same ones, paired")
-    print_table([title, *columns, "n"], rows)
+    print_table([command + trial, *columns, "n"], rows)
 
 
 def evaluate(options: Namespace):
@@ -864,7 +864,7 @@ def evaluate(options: Namespace):
     if any(columns.values()):  # else there are answers that nobody has judged
         add_differences(columns)
         if ranks.main:
-            print_scores(options.command + runs[0].trial, columns)
+            print_scores(options.command, runs[0].trial, columns)
         names = cut("+".join(run.name for run in runs), 120)
         by = f"-by-{short_name(options.judge)}" if options.judge else ""
         runs[0].write(f"../{options.command}-{names}{by}{runs[0].trial}.json", columns)
@@ -880,9 +880,12 @@ def print_table(header: list[str], rows: list[list]):
     table = [list(map(str, row)) for row in [map(cut, header), *rows]]
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
-    fit = max(1, (WIDTH - len("|  |") - widths[0]) // (len(" | ") + max(widths[1:])))
-    for start in range(1, len(widths), fit):
-        columns = [0, *range(start, min(start + fit, len(widths)))]
+    left = list(range(1, len(widths)))  # columns that are not printed yet
+    while left:
+        columns, wide = [0], len("|  |") + widths[0]
+        while left and (len(columns) == 1 or wide + len(" | ") + widths[left[0]] <= WIDTH):
+            wide += len(" | ") + widths[left[0]]
+            columns.append(left.pop(0))
         for row in table:
             print("|", " | ".join(row[i].ljust(widths[i]) for i in columns), "|")
         print()
@@ -1000,11 +1003,10 @@ def curves(options: Namespace):
 
 
 def draw(axis, found: dict[int, tuple[float, float]], style: str, color: str, label: str):
-    """A line and its band; single points are marked where they are few."""
-    steps, (means, errors) = list(found), torch.tensor([*found.values()]).reshape(-1, 2).T
-    marker = "o" if len(steps) <= 20 else ""
-    axis.plot(steps, means, style, marker=marker, markersize=4, color=color, label=label)
-    axis.fill_between(steps, means - errors, means + errors, alpha=0.15, color=color)
+    """A line and its band. Points are marked: a run may have a single one yet."""
+    means, errors = torch.tensor([*found.values()]).reshape(-1, 2).T
+    axis.plot([*found], means, style, marker=".", markersize=4, color=color, label=label)
+    axis.fill_between([*found], means - errors, means + errors, alpha=0.15, color=color)
 
 
 # ================================================================================= Samples
@@ -1124,10 +1126,8 @@ def check_options(options: Namespace):
         least = 1 if flag.endswith("_tokens") else 0
         if isinstance(value, (int, float)) and not value >= least:  # nor NaN
             raise BadInput(f"--{flag}: expected at least {least}")
-    if not options.model and not options.annotations:
-        raise BadInput("--model is missing")
-    if options.annotations and (options.model or options.judge):
-        raise BadInput("--annotations are judged: --model and --judge have no effect")
+    if bool(options.annotations) == bool(options.model) or options.annotations and options.judge:
+        raise BadInput("expected a --model, with a --judge or without one, or --annotations alone")
     if vars(options).get("verifier", "plain") not in data_prep.VERIFIERS:
         raise BadInput("--verifier: math_verify or plain")
 
