@@ -1,7 +1,6 @@
 """The paper's three scores, counted as the official evaluators do; curves and samples of runs.
 
     python eval.py alpaca      --model M --judge J         AlpacaEval 2: win rates
-    python eval.py alpaca      --outputs FILE --judge J    of answers from elsewhere
     python eval.py alpaca      --annotations A.json B.json of judgements from elsewhere
     python eval.py rewardbench --model M                   M is the judge; --lists: other data
     python eval.py reasoning   --model M                   answers to --problems
@@ -21,46 +20,45 @@ How this differs from the official tools: the judge is a local model; length con
 the referee was trained on; what is missing is missing, not 0, and counted. A prompt that does not
 fit the context of its model is not asked: it is left out of the score, and a note says how many."""
 import argparse
-import csv
 import gc
 import hashlib
-import importlib.util
+import html
 import json
 import math
 import os
 import random
 import re
-import subprocess
 import sys
 import textwrap
 from argparse import Namespace
 from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
-from typing import NamedTuple
+from statistics import fmean, stdev
 
 import torch
-import transformers
 from jinja2 import TemplateError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import data_prep
 import urpo
-from data_prep import BadInput, in_one_line, without_thoughts
-from tools.runs import WIDTH, curves, cut, print_table, read_verdict, samples
+from data_prep import LABELS, BadInput, in_one_line, without_thoughts
+
+WIDTH = 100  # columns of what is printed: a terminal beside an editor
 
 
 # ================================================================================= Scores
 # Every number that is printed has its error and its n beside it. Two models answer the same
 # prompts, and a hard prompt is hard for both: an error of their difference that took them for
 # independent would be far too large. So a score remembers what each prompt adds to its deviation.
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """A score in percent (NaN: missing). The squares of its `parts` add up to its squared error:
     there is one for each independent unit, a prompt or a bootstrap draw. Sums and differences are
     taken part by part, so what models share on a prompt cancels: a difference is a paired one."""
     value: float = math.nan
-    parts: dict[str, float] = {}
+    parts: dict[str, float] = field(default_factory=dict)
     n: int = 0  # rows
     note: str = ""
 
@@ -123,113 +121,103 @@ TOP = 5  # the likeliest tokens of the judge are looked at, as the official conf
 class Evaluation:
     """One model: what it and its judge are asked, and the results. Alike on every rank."""
 
-    def __init__(self, options: Namespace, ranks: urpo.Ranks, name: str, model: str, file: str):
-        own = {"name": name, "model": model, "annotations": file}
-        self.options, self.ranks = Namespace(**vars(options) | own), ranks
-        self.rehearsal = False  # what is wrong is found, nothing is asked or written
+    def __init__(self, options: Namespace, ranks: urpo.Ranks, name: str, model: str):
+        self.options, self.ranks = options, ranks
+        self.name, self.model = name, model  # with --annotations the model is the file of them
         self.home = Path(options.out_dir) / name
         self.trial = f"-limit{options.limit}" if options.limit else ""
-        self.loaded = "", None  # a model's name, its actor
+        self.rehearsal = False  # what is wrong is found, nothing is asked or written
+        self.loaded, self.actor = "", None  # the model or the judge, whichever is in memory
         shared = "device", "rollout_tokens", "max_new_tokens", "judge_max_new_tokens"
-        self.config = urpo.Config(**{setting: getattr(options, setting) for setting in shared})
-        self.check_owner("model.json", model or options.outputs)
+        self.config = urpo.Config(**{k: v for k, v in vars(options).items() if k in shared})
+        self.check_owner("model.json", model)
 
     def check_owner(self, path: str, model: str):
         """BadInput if this file says that the folder it is in belongs to another model."""
         owner = self.home / path
         if owner.exists() and owner.read_text() != json.dumps(identity(model)):
-            raise BadInput(f"{owner.parent} holds answers of another {owner.parent.name}: give a "
-                           "--name, or for another judge another --out_dir")
+            raise BadInput(f"{owner.parent} is of another model: give a --name or --out_dir")
 
-    def texts(self, what: str, model: str, prompts: list, limit: int, n=1, temperature=0.0) -> list:
-        """For each prompt [P] n answers {"text", "truncated"} within `limit` tokens, or None."""
+    def texts(self, what: str, items: list, make, limit: int, temperature=0.0, n=1) -> list:
+        """For each item n answers of the model to its prompt, `make(tokenizer, item)`: {"text",
+        "truncated"}. None for an item whose prompt does not fit the context."""
         def answer(actor: urpo.Actor, asked: list[list[int]]) -> list:
             groups = urpo.sample(actor.model, asked, n, [limit] * len(asked), temperature,
                                  actor.stop_ids, self.options.rollout_tokens)
             return [spoken(actor, *group) for group in zip(asked, groups)]
 
+        prompts = prompts_of(self.model, items, make, limit, what)
         if self.rehearsal:  # empty answers: enough to see whether what follows would fit
-            return [[{"text": "", "truncated": False}] * n] * len(prompts)
-        # what decides an answer, besides its prompt
-        decides = ["text", identity(model), limit, n, self.options.stop_tokens, temperature]
+            return [[{"text": "", "truncated": False}] * n] * len(items)
+        decides = ["text", identity(self.model), limit, n, self.options.stop_tokens, temperature]
         decides += [self.options.seed] if temperature else []
-        chunks = self.chunks(prompts, decides, max(1, CHUNK // n))
-        self.fill(what, model, chunks, answer)
-        return self.collect(chunks, len(prompts))
+        return self.ask(what, self.model, prompts, decides, max(1, CHUNK // n), answer)
 
-    def duels(self, judge: str, prompts: list) -> list:
-        """For each prompt [P] the likeliest next tokens [[text, log-prob], ...], or None."""
-        chunks = self.chunks(prompts, ["duel", identity(judge)], CHUNK)
-        self.fill("duels", judge, chunks, likeliest_tokens)
-        return self.collect(chunks, len(prompts))
+    def ask(self, what: str, model: str, prompts: list, decides: list, size: int, answer) -> list:
+        """For each prompt what `answer(actor, prompts)` says of it: it stands in a file already, or
+        it is asked for now, in chunks of `size` prompts. `decides` is all that an answer depends
+        on besides the prompts of its chunk. None for None, a prompt that does not fit."""
+        if self.rehearsal:
+            return [None] * len(prompts)
 
-    def chunks(self, prompts: list, decides: list, size: int) -> dict[str, dict[int, list[int]]]:
-        """File -> the prompts that are asked together, by their places. Those that do not fit the
-        context are in no chunk, nor those that there is nothing to ask about."""
-        places = [i for i, ids in enumerate(prompts) if ids]
+        places = [i for i, ids in enumerate(prompts) if ids is not None]
         places.sort(key=lambda i: len(prompts[i]))  # alike: little padding
-        chunks = {}
-        for start in range(0, 0 if self.rehearsal else len(places), size):
+        chunks = {}  # file -> the prompts that are asked together, by their places
+        for start in range(0, len(places), size):
             chunk = {i: prompts[i] for i in places[start : start + size]}
             question = json.dumps([decides, start, *chunk.values()])  # start: twins are two chunks
             chunks[f"answers/{digest(question)}.json"] = chunk
-        return chunks
 
-    def fill(self, what: str, model: str, chunks: dict, answer):
-        """Ask for the chunks that are not kept yet; the ranks take turns."""
         # every rank sees the same files, and takes every world-th of the missing ones
         missing = [file for file in chunks if not (self.home / file).exists()]
         self.ranks.gather(None)  # all have looked
         if missing:
-            self.write("model.json", identity(self.options.model or self.options.outputs))
-            if self.loaded[0] != model:
-                self.drop_model()  # before the next one comes
-                own = model == self.options.model  # the judge has its own stop tokens
-                self.config.stop_tokens = self.options.stop_tokens if own else ""
-                self.loaded = model, urpo.load_actor(model, self.config, self.ranks, False)
+            self.write("model.json", identity(self.model))
+            self.hold(model)
             mine = missing[self.ranks.rank :: self.ranks.world]
-            with self.ranks.unsharded(self.loaded[1].model):
+            with self.ranks.unsharded(self.actor.model):
                 for file in tqdm(mine, what, disable=not self.ranks.main):
                     torch.manual_seed(int(digest(file), 16) % 2**63)  # --seed is in the name
-                    self.write(file, answer(self.loaded[1], [*chunks[file].values()]))
+                    self.write(file, answer(self.actor, [*chunks[file].values()]))
         self.ranks.gather(None)  # all have written
 
-    def collect(self, chunks: dict, count: int) -> list:
-        """The answers in the order of the prompts, None where there is none."""
-        answers = [None] * count
+        answers = [None] * len(prompts)
         for file, chunk in chunks.items():
             with in_one_line(f"{self.home / file}: damaged; without it we ask again", TypeError):
-                found = json.loads((self.home / file).read_bytes())
-                for place, answer in zip(chunk, found, strict=True):
-                    answers[place] = answer
+                kept = json.loads((self.home / file).read_bytes())
+                for place, found in zip(chunk, kept, strict=True):
+                    answers[place] = found
         return answers
 
-    def drop_model(self):
-        self.loaded = "", None
-        gc.collect()  # a sharded model refers to itself: no longer named, it would still be there
+    def hold(self, model: str):
+        """Have this model in memory, be it the own one or its judge, and no other. "" frees it."""
+        if self.loaded != model:
+            self.loaded, self.actor = model, None
+            gc.collect()  # a sharded model refers to itself: not named any more, it would stay
+        if model and not self.actor:
+            # --stop_tokens are the model's: its judge may have another tokenizer
+            self.config.stop_tokens = self.options.stop_tokens if model == self.model else ""
+            self.actor = urpo.load_actor(model, self.config, self.ranks, False)
 
     def write(self, name: str, value):
-        """Whole or not at all; by rank 0, but for answers."""
+        """Whole or not at all; by rank 0, but for answers, of which every rank has its own."""
         if (self.ranks.main or name.startswith("answers/")) and not self.rehearsal:
             path = self.home / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another command has its own
-            draft.write_text(json.dumps(value, indent=1, allow_nan=False))
+            # The same command may run twice at once: each process has a draft of its own.
+            draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            draft.write_text(json.dumps(value, indent=1, allow_nan=False, default=Score.record))
             draft.replace(path)
 
     def finish(self, folder: str, scores: dict[str, Score], notes: dict) -> dict[str, Score]:
         """Write results.json, say where and what is to be noted -> the scores."""
-        command = self.options.command
-        git = subprocess.run("git describe --always --dirty || echo unknown", shell=True, text=True,
-                             cwd=Path(__file__).parent, capture_output=True).stdout.strip()
-        flags = {f: vars(self.options)[f] for of, f, *_ in FLAGS if command in of.split()}
-        self.write(f"{folder}/results.json", {
-            "scores": {name: score.record() for name, score in scores.items()}, "notes": notes,
-            "settings": flags | {"command": command}, "trial": bool(self.trial), "git": git,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
+        settings = vars(self.options) | {"name": self.name, "model": self.model}
+        results = {"scores": scores, "notes": notes, "settings": settings}
+        self.write(f"{folder}/results.json", results)
         if self.ranks.main and not self.rehearsal:
-            said = ", ".join(f"{value} {name}" for name, value in notes.items())
-            print(textwrap.fill(f"{self.home / folder}: {said}", WIDTH), flush=True)
+            said = [f"{value} {name}" for name, value in notes.items()]
+            said += [f"{name}: {score.note}" for name, score in scores.items() if score.note]
+            print(textwrap.fill(f"{self.home / folder}: {'; '.join(said)}", WIDTH), flush=True)
         return scores
 
 
@@ -274,18 +262,18 @@ def short_name(of: str) -> str:
 
 
 def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
-    """The prompt `make(tokenizer, item)` of each item ([]: nothing to ask), None where with `limit`
+    """The prompt `make(tokenizer, item)` of each item, None where there is none or with `limit`
     more tokens it exceeds the model's context. BadInput if none is left (there would be no score),
     or if the chat template refuses one: some want no system message, some turns that alternate."""
     tokenizer, context = urpo.load_tokenizer(model)
     prompts = []
     for number, item in enumerate(items, 1):
-        with in_one_line(f"{model}: its template refuses row {number} of {what}", TemplateError):
+        # Where the bytes of a file are no text stands half a surrogate pair: no tokenizer takes it
+        with in_one_line(f"{model} refuses row {number} of {what}", TemplateError, TypeError):
             ids = make(tokenizer, item)
         prompts.append(ids if ids is not None and len(ids) + limit <= context else None)
     if prompts.count(None) == len(items) > 0:
-        raise BadInput(f"{model}: no prompt of {what} fits: its context of {context} tokens has to "
-                       f"hold {limit} new ones, too")
+        raise BadInput(f"{model}: no prompt of {what} fits {context} tokens with {limit} new ones")
     return prompts
 
 
@@ -293,16 +281,14 @@ def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
 # A benchmark with a row less is another benchmark: in training a bad row may be dropped, here it is
 # an error that names the file, the row and what was expected.
 def read_rows(source: str, *columns: str) -> list:
-    """Raw rows of a file or Hub set, with strings in these columns, numbers as `preference`. What
-    reads the file (data_prep.load) has put half surrogates where its bytes are no text."""
+    """The raw rows of a file or of a set on the Hub. BadInput where one of these columns holds no
+    string, or where `preference` holds no number."""
     rows = list(data_prep.load(data_prep.parse_source(source), random.Random(0)))
     for i, row in enumerate(rows, 1):
-        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
-            raise BadInput(f"{source}: row {i}: half a surrogate pair, which no tokenizer takes")
-        if not all(isinstance(row, dict) and isinstance(row.get(c), str) for c in columns):
-            raise BadInput(f"{source}: row {i}: expected strings as {', '.join(columns)}")
-        if columns and not isinstance(row.get("preference", 0), (int, float, type(None))):
-            raise BadInput(f"{source}: row {i}: preference: expected a number or null")
+        good = all(isinstance(row, dict) and isinstance(row.get(c), str) for c in columns)
+        if columns and not (good and isinstance(row.get("preference"), (int, float, type(None)))):
+            expected = f"strings as {', '.join(columns)}, a number or null as preference"
+            raise BadInput(f"{source}: row {i}: expected {expected}")
     if not rows:
         raise BadInput(f"{source}: has no rows")
     return rows
@@ -337,6 +323,7 @@ def set_name(source: str) -> str:
 
 # ================================================================================= AlpacaEval 2
 HUB = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"  # of gpt4_1106_preview
+DUEL = Path(__file__).parent / "assets/alpaca_eval_clf.txt"
 DRAWS = 1000  # of the bootstrap: its error is known to 2 %
 
 
@@ -421,7 +408,7 @@ def length_controlled(rows: Tensor, gamed: Tensor) -> float:
     return 100 * torch.sigmoid(w[1] * rows[:, 2] + w[2]).mean().item()
 
 
-def length_control(annotations: list[dict], levels: list[float], gamed: Tensor) -> Score:
+def length_control(annotations: list[dict], levels: list[float], gamed: Tensor, note="") -> Score:
     """`levels`: difficulties. The error is over DRAWS sets of rows, drawn with replacement, fitted
     anew. Models on the same instructions meet the same draws: their difference is paired."""
     wins = [outcome(row["preference"]) for row in annotations]
@@ -434,173 +421,130 @@ def length_control(annotations: list[dict], levels: list[float], gamed: Tensor) 
 
     mean, scale = fmean(draws), math.sqrt(DRAWS - 1)
     parts = {f"draw {i}": (draw - mean) / scale for i, draw in enumerate(draws)}
-    return Score(length_controlled(rows, gamed), parts, n, "error by bootstrap")
+    return Score(length_controlled(rows, gamed), parts, n, note)
 
 
 def read_gamed(path: str) -> tuple[Tensor, list[float]]:
     """-> rows of df_gamed.csv [m, 3], difficulties of the instructions in published order."""
     gamed, difficulty, columns = [], {}, ("preference", "std_delta_len", "instruction_difficulty")
     expected = f"{path}: expected a table with numbers as index, {', '.join(columns)}"
-    with in_one_line(expected, LookupError, TypeError, csv.Error), open(path, newline="") as file:
-        for row in csv.DictReader(file):
+    with in_one_line(expected, LookupError, TypeError):
+        for row in read_rows(path):
             gamed.append([float(row[column]) for column in columns])
             difficulty[row["index"]] = gamed[-1][2]
     return torch.tensor(gamed, dtype=torch.float64), list(difficulty.values())
 
 
 def duel_prompt(instruction: str, first: str, second: str) -> list[dict]:
-    """The official judge prompt (alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt, Apache 2.0)."""
-    system = (
-        "You are a highly efficient assistant, who evaluates and selects the best large language "
-        "model (LLMs) based on the quality of their responses to a given instruction. This process "
-        "will be used to create a leaderboard reflecting the most accurate and human-preferred "
-        "answers.")
-    parts = [
-        "I require a leaderboard for various large language models. I'll provide you with prompts "
-        "given to these models and their corresponding outputs. Your task is to assess these "
-        "responses, and select the model that produces the best output from a human perspective."
-        '\n\n## Instruction\n\n{\n    "instruction": """', instruction, '""",\n}\n\n## Model '
-        "Outputs\n\nHere are the unordered outputs from the models. Each output is associated with "
-        "a specific model, identified by a unique model identifier.\n\n{\n    {\n        "
-        '"model_identifier": "m",\n        "output": """', first, '"""\n    },\n    {\n        '
-        '"model_identifier": "M",\n        "output": """', second, '"""\n    }\n}\n\n## Task\n\n'
-        "Evaluate the models based on the quality and relevance of their outputs, and select the "
-        "model that generated the best output. Answer by providing the model identifier of the "
-        "best model. We will use your output as the name of the best model, so make sure your "
-        "output only contains one of the following model identifiers and nothing else (no quotes, "
-        "no spaces, no new lines, ...): m or M.\n\n## Best Model Identifier"]
-    return [{"role": "system", "content": system}, {"role": "user", "content": "".join(parts)}]
+    """The official judge prompt as chat messages. Its text is alpaca_eval's (Apache 2.0), from
+    alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt: turns between tags, with places to fill."""
+    texts = {"instruction": instruction, "output_1": first, "output_2": second}
+    messages = []
+    for role, turn in re.findall(r"<.im_start.>(\w+)\n(.*?)\n<.im_end.>", DUEL.read_text(), re.S):
+        # all places at once: what looks like one in the texts themselves stays as it is
+        content = re.sub("{(instruction|output_1|output_2)}", lambda match: texts[match[1]], turn)
+        messages.append({"role": role, "content": content})
+    return messages
 
 
-def alpaca_scores(annotations: list[dict], order: list[str], table, published=False) -> dict:
+def length_controlled_score(annotations: list[dict], order: list[str], table, published) -> Score:
     """`order`: the instructions of the whole set as published, to which the difficulties belong;
     empty: not known. `table`: of read_gamed, or None. `published`: the judgements are not ours."""
     place = {instruction: i for i, instruction in enumerate(order)}
     places = [place.get(row["instruction"]) for row in annotations]
     if not table:
-        controlled = Score(note="needs --gamed df_gamed.csv, on the Hub in tatsu-lab/alpaca_eval")
-    elif len(place) != len(table[1]) or None in places:
-        controlled = Score(note="needs --reference: the set that --gamed is for, in its order")
-    else:
-        note = "error by bootstrap"
-        if published and places == sorted(set(places)) and places[-1] >= len(places):
-            # alpaca_eval takes line i of its table for row i, also where rows before it are
-            # missing. The published scores came about so; by instruction they would be others
-            places = range(len(places))
-            note += "; rows are missing: difficulties by row, as alpaca_eval has them"
-        controlled = length_control(annotations, [table[1][i] for i in places], table[0])
-        controlled = controlled._replace(note=note)
-
-    win_rate, discrete, _ = win_rates(annotations)
-    return {"length-controlled win rate": controlled, "win rate": win_rate,
-            "discrete win rate": discrete}
+        return Score(note="needs --gamed df_gamed.csv, on the Hub in tatsu-lab/alpaca_eval")
+    if len(place) != len(table[1]) or None in places:
+        return Score(note="needs --reference: the set that --gamed is for, in its order")
+    note = "error by bootstrap"
+    if published and places == sorted(set(places)) and places[-1] >= len(places):
+        # alpaca_eval takes line i of its table for row i, also where rows before it are missing.
+        # The published scores came about so; by instruction they would be others.
+        places = range(len(places))
+        note += "; rows are missing: difficulties by row, as alpaca_eval has them"
+    return length_control(annotations, [table[1][i] for i in places], table[0], note)
 
 
 def alpaca(run: Evaluation) -> dict[str, Score]:
     """AlpacaEval 2: win rates against a reference. Read, judge, count."""
-    # ---- read: judgements, or answers, or the questions alone
+    # ---- read: judgements, or the questions and what answers are compared with
     options, notes, reference = run.options, Counter(), []
     table = read_gamed(options.gamed) if options.gamed else None
-    if options.tiny:
-        reference = tiny_reference(options)
-    elif options.reference or not options.annotations:
+    if options.reference or not options.annotations:
         reference = read_rows(options.reference or HUB, "instruction", "output")
     order = list(dict.fromkeys(row["instruction"] for row in reference))
+
+    # ---- judge
     if options.annotations:
-        annotations = read_annotations(options.annotations)[: options.limit or None]
+        annotations = read_annotations(run.model)[: options.limit or None]
     else:
-        # ---- judge
-        answers = given_answers if options.outputs else own_answers
-        pairs = answers(run, reference[: options.limit or None], notes)
-        if not options.judge and not options.tiny:
-            return run.finish(f"alpaca{run.trial}", {}, {"answers, not judged": len(pairs)})
-        annotations = annotate(run, pairs, notes)
+        annotations = answer_all(run, reference[: options.limit or None], notes)
+        if not options.judge:
+            return run.finish(f"alpaca{run.trial}", {}, {"answers, not judged": len(annotations)})
+        judge_all(run, annotations, notes)
 
     # ---- count
     annotator = annotations[0]["annotator"]
-    scores = alpaca_scores(annotations, order, table, bool(options.annotations))
-    note = f"judged by {annotator}"
-    if options.judge and identity(options.judge) == identity(options.model):
-        note += ", which is the model itself"
-    scores["win rate"] = scores["win rate"]._replace(note=note)
-    counts = win_rates(annotations)[2]
+    win_rate, discrete, counts = win_rates(annotations)
+    controlled = length_controlled_score(annotations, order, table, bool(options.annotations))
+    scores = {
+        "length-controlled win rate": controlled,
+        "win rate": replace(win_rate, note=f"judged by {annotator}"),
+        "discrete win rate": discrete}
     counts["avg_length"] = sum(len(row["output_2"]) for row in annotations) // len(annotations)
     return run.finish(f"alpaca{run.trial}/{short_name(annotator)}", scores, counts | +notes)
 
 
 def read_annotations(file: str) -> list[dict]:
     """Judgements from elsewhere; they hold their reference."""
-    rows = read_rows(file, "instruction", "output_1", "output_2")
     missing = {"preference": None, "annotator": "unknown", "generator_2": "unknown"}
-    return [missing | row for row in rows]
+    return [missing | row for row in read_rows(file, "instruction", "output_1", "output_2")]
 
 
-def given_answers(run: Evaluation, reference: list[dict], notes: Counter) -> list[tuple]:
-    """(reference, output) pairs with the same instruction to the letter, as the official tool joins
-    them. What finds no other half is counted."""
-    outputs = read_rows(run.options.outputs, "instruction", "output")
-    of = {row["instruction"]: row for row in reversed(outputs)}  # of two the first counts
-    pairs = [(row, of.pop(row["instruction"])) for row in reference if row["instruction"] in of]
-    notes["rows of the reference without an output"] = len(reference) - len(pairs)
-    notes["outputs that the reference has no row for, to the letter"] = len(of)
-    notes["outputs to an instruction that had one before"] = len(outputs) - len(of) - len(pairs)
-    if not pairs:
-        raise BadInput(f"{run.options.outputs}: no instruction in common with the reference: there "
-                       f"{reference[0]['instruction'][:60]!r}, here {[*of][0][:60]!r}")
-    return pairs
-
-
-def own_answers(run: Evaluation, reference: list[dict], notes: Counter) -> list[tuple]:
-    """Ask the model -> pairs; its outputs are for `alpaca_eval --model_outputs`, too."""
-    options, pairs = run.options, []
-    limit, chats = options.max_new_tokens, [data_prep.chat(r["instruction"]) for r in reference]
-    prompts = prompts_of(options.model, chats, urpo.encode, limit, "AlpacaEval")
-    answers = run.texts("AlpacaEval", options.model, prompts, limit, 1, options.temperature)
+def answer_all(run: Evaluation, reference: list[dict], notes: Counter) -> list[dict]:
+    """Ask the model -> rows of the official annotations.json, but for the verdict. Its outputs are
+    written for `alpaca_eval --model_outputs`, too."""
+    options, rows, outputs = run.options, [], []
+    chats = [data_prep.chat(row["instruction"]) for row in reference]
+    limit, temperature = options.max_new_tokens, options.temperature
+    answers = run.texts("AlpacaEval", chats, urpo.encode, limit, temperature)
     for row, answer in zip(reference, answers):
         if answer:
             output = without_thoughts(answer[0]["text"]).strip()
-            own = {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
-            pairs.append((row, own | {"output": output, "generator": options.name}))
-    run.write(f"alpaca{run.trial}/model_outputs.json", [output for _, output in pairs])
-    notes["not asked: longer than the model's context"] = prompts.count(None)
-    return pairs
+            asked = {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
+            outputs.append(asked | {"output": output, "generator": run.name})
+            rows.append(asked | {
+                "output_1": row["output"], "generator_1": row.get("generator", "reference"),
+                "output_2": output, "generator_2": run.name})
+    run.write(f"alpaca{run.trial}/model_outputs.json", outputs)
+    notes["not asked: longer than the model's context"] = answers.count(None)
+    return rows
 
 
-def annotate(run: Evaluation, pairs: list[tuple[dict, dict]], notes: Counter) -> list[dict]:
-    """The verdicts on all pairs, as the official annotations.json has them."""
-    judge, annotations = run.options.judge, []
-    annotator = f"weighted_alpaca_eval_{short_name(judge)}" if judge else "true_quality"
+def judge_all(run: Evaluation, rows: list[dict], notes: Counter):
+    """Add `annotator` and `preference` to the rows, judged in the official way: one token, m or M,
+    in the order that is_switched draws. Equal outputs are a draw, and not asked about."""
+    def make(tokenizer, row: dict) -> list[int]:
+        shown = [row["output_1"], row["output_2"]]
+        if is_switched(row["instruction"]):
+            shown.reverse()
+        return urpo.encode(tokenizer, duel_prompt(row["instruction"], *shown))
+
+    judge = run.options.judge
+    annotator = f"weighted_alpaca_eval_{short_name(judge)}"
     folder = f"alpaca{run.trial}/{annotator}"
     run.check_owner(f"{folder}/judge.json", judge)
-    verdicts = judge_pairs(run, pairs, notes) if judge else tiny_verdicts(pairs)
-    for (one, two), preference in zip(pairs, verdicts, strict=True):
-        annotations.append({
-            "instruction": one["instruction"], "dataset": one.get("dataset", ""),
-            "output_1": one["output"], "generator_1": one.get("generator", "reference"),
-            "output_2": two["output"], "generator_2": run.options.name, "preference": preference,
-            "annotator": annotator})
-    run.write(f"{folder}/judge.json", identity(judge))
-    run.write(f"{folder}/annotations.json", annotations)
-    return annotations
-
-
-def judge_pairs(run: Evaluation, pairs: list[tuple[dict, dict]], notes: Counter) -> list:
-    """The preferences, judged in the official way: one token, m or M, in the order that is_switched
-    draws. Equal outputs are a draw, and not asked about."""
-    def make(tokenizer, pair: tuple[dict, dict]) -> list[int]:
-        outputs, instruction = [row["output"] for row in pair], pair[0]["instruction"]
-        if outputs[0] == outputs[1]:
-            return []
-        shown = outputs[::-1] if is_switched(instruction) else outputs
-        return urpo.encode(tokenizer, duel_prompt(instruction, *shown))
-
-    prompts, preferences = prompts_of(run.options.judge, pairs, make, 1, "the judge"), []
-    notes["not judged: longer than the judge's context"] = prompts.count(None)
-    for (one, _), ids, top in zip(pairs, prompts, run.duels(run.options.judge, prompts)):
+    for row in rows:
+        row.update(preference=1.5, annotator=annotator)  # a draw, if the outputs are equal
+    asked = [row for row in rows if row["output_1"] != row["output_2"]]
+    prompts = prompts_of(judge, asked, make, 1, "the judge")
+    tops = run.ask("duels", judge, prompts, ["duel", identity(judge)], CHUNK, likeliest_tokens)
+    for row, top in zip(asked, tops):
+        notes["not judged: longer than the judge's context"] += top is None
         logprobs = dict(reversed(top or []))  # of two tokens spelled alike the likelier one counts
-        preference = preference_from_logprobs(logprobs, is_switched(one["instruction"]))
-        preferences.append(1.5 if ids == [] else preference)
-    return preferences
+        row["preference"] = preference_from_logprobs(logprobs, is_switched(row["instruction"]))
+    run.write(f"{folder}/judge.json", identity(judge))
+    run.write(f"{folder}/annotations.json", rows)
 
 
 # ================================================================================= RewardBench 1, 2
@@ -677,18 +621,7 @@ def ties_score(items: list[dict]) -> Score:
     ref_right = percent([(prompt, margin > 0) for prompt, margin in ref.items()])
     terms = [right, ref_right, percent(won), percent(won_by_both), percent(ratio)]
     score = combined(terms, [0.3, 0.3, 0.2, 0.2, 0.01], "at most 101")
-    return score._replace(n=len(tied | ref))
-
-
-# The judge's form belongs to urpo.py: this and read_verdict are all that is asked of it here.
-def judge_prompt(tokenizer, asked: tuple) -> list[int] | None:
-    """None where even cut responses do not fit."""
-    item, shown, rng, config = asked
-    try:
-        judge = urpo.judge_prompt(item, item["responses"], shown, tokenizer, rng, config)
-    except ValueError:
-        return None
-    return judge.prompt_ids
+    return replace(score, n=len(tied | ref))
 
 
 def read_lists(options: Namespace) -> tuple[list[dict], int]:
@@ -710,32 +643,39 @@ def read_lists(options: Namespace) -> tuple[list[dict], int]:
             responses = [task["responses"][i] for i in best_first]
             lists.append({"id": row["id"], "subset": subset, "prompt": task["prompt"],
                           "responses": responses, "num_correct": right, "ties": ties})
-    if not lists:
-        raise BadInput("no list has one best response")
     return lists, others
 
 
-def judge_lists(run: Evaluation, lists: list[dict]):
-    """Add `verdicts` to each list: scores of its responses in their own order, or None; one for a
-    random order of showing them, one for the reverse. Of Ties each response is shown alone. What
-    does not fit adds nothing."""
-    config, model, asked = run.config, run.options.model, []
-    limit, (_, context) = config.judge_max_new_tokens, urpo.load_tokenizer(model)
+def judge_lists(run: Evaluation, lists: list[dict]) -> list[dict]:
+    """-> those lists of which all orders fit the context, each with its `verdicts`: scores of its
+    responses in their own order, or None; one for a random order of showing them, one for the
+    reverse. Of Ties each response is shown alone. And with what `credit` says."""
+    def make(tokenizer, question: tuple) -> list[int] | None:
+        item, shown, rng = question
+        try:
+            judge = urpo.judge_prompt(item, item["responses"], shown, tokenizer, rng, config)
+            return judge.prompt_ids
+        except ValueError:  # even cut responses do not fit
+            return None
+
+    config, asked = run.config, []
+    limit, (_, context) = config.judge_max_new_tokens, urpo.load_tokenizer(run.model)
     config.judge_prompt_tokens = min(config.judge_prompt_tokens, context - limit)
     for k, item in enumerate(lists):
         rng, everyone = random.Random(f"{run.options.seed}/{k}"), range(len(item["responses"]))
         order = rng.sample(everyone, len(everyone))
-        item |= {"verdicts": [], "critiques": []}
-        for shown in [[i] for i in everyone] if item["ties"] else [order, order[::-1]]:
-            asked.append((item, shown, rng, config))
-    prompts = prompts_of(model, asked, judge_prompt, limit, "RewardBench")
-    answers = run.texts("RewardBench", model, prompts, limit)
-    for (item, shown, *_), answer in zip(asked, answers, strict=True):
+        orders = [[i] for i in everyone] if item["ties"] else [order, order[::-1]]
+        item |= {"orders": orders, "verdicts": [], "critiques": []}
+        asked += [(item, shown, rng) for shown in orders]
+    answers = run.texts("RewardBench", asked, make, limit)
+    for (item, shown, _), answer in zip(asked, answers, strict=True):
         if answer:
-            scores = read_verdict(answer[0]["text"], len(shown))
+            scores = urpo.JUDGE.parse(answer[0]["text"], len(shown))
             in_order = [score for _, score in sorted(zip(shown, scores))] if scores else None
             item["verdicts"].append(in_order)
             item["critiques"].append(answer[0]["text"])
+    complete = [item for item in lists if len(item["verdicts"]) == len(item["orders"])]
+    return [item | credit(item) for item in complete]
 
 
 def winners(verdict: list[float]) -> set[int]:
@@ -767,13 +707,11 @@ def credit(item: dict) -> dict:
 
 def rewardbench(run: Evaluation) -> dict[str, Score]:
     """RewardBench: does the model as the judge prefer the right response?"""
-    options, by_subset, records = run.options, {}, []
+    options, by_subset = run.options, {}
     lists, others = read_lists(options)
-    judge_lists(run, lists)
-    for item in lists:
-        if len(item["verdicts"]) == (len(item["responses"]) if item["ties"] else 2):
-            records.append(item | credit(item))
-            by_subset.setdefault(item["subset"], []).append(records[-1])
+    records = judge_lists(run, lists)
+    for record in records:
+        by_subset.setdefault(record["subset"], []).append(record)
 
     def mean(name: str, part: list[dict]) -> Score:
         return percent([(json.dumps(record["prompt"]), record.get(name)) for record in part])
@@ -792,7 +730,7 @@ def rewardbench(run: Evaluation) -> dict[str, Score]:
     folder = ("rewardbench2" if options.v2 else "rewardbench") + run.trial
     run.write(f"{folder}/samples.json", records)
     # the official tables want ORG/MODEL.json; a model of the Hub has its ORG already
-    model = f"local/{options.name}" if Path(options.model).exists() else options.model
+    model = f"local/{run.name}" if Path(run.model).exists() else run.model
     official = {name: s.value / 100 for name, s in subsets.items() if not math.isnan(s.value)}
     official |= {"model": model, "model_type": "Generative RM", "chat_template": None}
     run.write(f"{folder}/eval-set/{model}.json", official)
@@ -810,35 +748,6 @@ SUITES = ["openai/gsm8k@main#test", "HuggingFaceH4/MATH-500#test", "HuggingFaceH
           "Hothan/OlympiadBench@OE_TO_maths_en_COMP"]
 
 
-def split_answers(text: str) -> list[str]:
-    """At the commas that stand in no bracket, and not in 1,250.
-
-    >>> split_answers("(1,8), 2, 1,250")
-    ['(1,8)', '2', '1250']
-    """
-    parts, depth = [""], 0
-    for character in re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text):
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts]
-
-
-def check_answer(verify, completion: str, answer: str) -> float:
-    """1 if the final answer is right, else 0. Of a list each must come once, in any order."""
-    golds, claims = split_answers(answer), split_answers(data_prep.final_answer(completion))
-    if verify(completion, answer) or len(golds) == 1 or len(golds) != len(claims):
-        return float(verify(completion, answer))
-    for gold in golds:
-        right = [claim for claim in claims if verify(f"\\boxed{{{claim}}}", gold)]
-        if not right:
-            return 0.0
-        claims.remove(right[0])
-    return 1.0
-
-
 def read_suites(options: Namespace) -> dict[str, tuple[list, int, float]]:
     """Suite -> (row, task) pairs, samples of each problem, their temperature (--samples)."""
     suites = {}
@@ -851,8 +760,7 @@ def read_suites(options: Namespace) -> dict[str, tuple[list, int, float]]:
         match = re.fullmatch(r"(?:(.+)=)?([1-9]\d*)(?:@(\d*\.?\d+))?", word)
         n, temperature = (int(match[2]), float(match[3] or 0)) if match else (0, 0.0)
         if not n or n > 1 and not temperature or match[1] and match[1] not in suites:
-            raise BadInput(f"--samples {word}: expected 1, N@TEMPERATURE or SUITE=N@TEMPERATURE, a "
-                           f"suite of {', '.join(suites)}"[:300])
+            raise BadInput(f"--samples {word}: expected 1, N@TEMPERATURE or SUITE=N@TEMPERATURE")
         for name in [match[1]] if match[1] else suites:
             suites[name] = suites[name][0], n, temperature
     return suites
@@ -864,14 +772,13 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
         return urpo.verifiable_group(pair[1], tokenizer, None, run.config).prompt_ids
 
     options, scores, averages, records = run.options, {}, [], []
-    limit, verify = options.max_new_tokens, data_prep.VERIFIERS[options.verifier]
+    verify = data_prep.VERIFIERS[options.verifier]
     for name, (rows, n, temperature) in read_suites(options).items():
-        prompts = prompts_of(options.model, rows, make, limit, name)
-        answers = run.texts(name, options.model, prompts, limit, n, temperature)
+        answers = run.texts(name, rows, make, options.max_new_tokens, temperature, n)
         shares, solved, short = [], [], 0
         for (row, task), of_problem in zip(rows, answers, strict=True):
             texts = [answer["text"] for answer in of_problem or []]
-            correct = [check_answer(verify, without_thoughts(t), task["answer"]) for t in texts]
+            correct = [verify(text, task["answer"]) for text in texts]
             if of_problem:
                 # over problems: samples of one share its luck, to pool them flatters the error
                 prompt = f"{name} {json.dumps(task['prompt'])}"
@@ -881,8 +788,7 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
             records.append({"suite": name, "id": row["id"], "prompt": task["prompt"],
                             "answer": task["answer"], "correct": correct, "texts": texts})
         note = f"temperature {temperature}; {short} of {n * len(shares)} answers cut short"
-        if None in prompts:
-            note += f"; {prompts.count(None)} not asked: longer than the context"
+        note += f"; {answers.count(None)} not asked: longer than the context"
         averages.append(percent(shares, note))
         scores[f"{name} avg@{n}"] = averages[-1]
         if n > 1:  # at least one of n is right
@@ -893,49 +799,27 @@ def reasoning(run: Evaluation) -> dict[str, Score]:
 
 
 # ================================================================================= All models
-def tiny_world(options: Namespace, ranks: urpo.Ranks):
-    """What `all` is about if no model is named: the newest tiny run, else its start."""
+def tiny_world() -> dict:
+    """The flags of `all` where no model is named: the newest tiny run, else the model that such
+    runs start from. Nobody judges its answers there, so AlpacaEval is left out."""
     preset = urpo.PRESETS["tiny"]
     runs = sorted(Path("runs").glob("tiny-*/final/config.json"), key=os.path.getmtime)
-    options.model = [str(runs[-1].parent) if runs else preset["model"]]
-    options.lists = options.problems = [preset["eval_data"]]
-    for flag in ("verifier", "max_new_tokens", "judge_max_new_tokens"):
-        if flag not in options.given:
-            setattr(options, flag, preset.get(flag, "plain"))
-
-
-def tiny_reference(options: Namespace) -> list[dict]:
-    """What the model is compared with: the first response of every held-out judge list."""
-    rows = []
-    for _, task in read_tasks(options.lists[0], "preference", 0):
-        rows.append({"instruction": task["prompt"][-1]["content"], "output": task["responses"][0],
-                     "generator": "stored responses"})
-    return rows
-
-
-def tiny_verdicts(pairs: list[tuple[dict, dict]]) -> list[float]:
-    """Like judge_pairs; the judge is the true quality, which this world knows."""
-    preferences = []
-    quality = data_prep.TRUE_QUALITY["tiny"]
-    for one, two in pairs:
-        ours, theirs = [quality(one["instruction"], row["output"]) for row in (two, one)]
-        preferences.append(1.5 + ((ours > theirs) - (ours < theirs)) / 2)
-    return preferences
+    return {
+        "commands": ["rewardbench", "reasoning"],
+        "model": [str(runs[-1].parent) if runs else preset["model"]],
+        "lists": [preset["eval_data"]], "problems": [preset["eval_data"]], "verifier": "plain",
+        **{limit: preset[limit] for limit in ("max_new_tokens", "judge_max_new_tokens")}}
 
 
 def named_runs(options: Namespace, ranks: urpo.Ranks) -> list[Evaluation]:
-    """One for each model. What comes from elsewhere is called as it says, or like its folder. Two
-    of one name would write into one folder."""
-    models, files = options.model or [""], options.annotations or [""]
-    called = models if options.model else [str(Path(options.outputs).resolve().parent)]
-    if options.annotations:
-        called = [str(read_annotations(file)[0]["generator_2"]) for file in files]
+    """One for each model, or file of judgements, which says whose answers were judged. Two of one
+    name would write into one folder."""
+    files = options.annotations
+    called = [str(read_annotations(file)[0]["generator_2"]) for file in files] or options.model
     names = options.name or list(map(short_name, called))
     if len(names) != len(called) or len(set(names)) < len(names):
         raise BadInput(f"{len(called)} models called {', '.join(names)}: a --name for each"[:300])
-    # of models and files one list has a single "", which stands beside each of the other
-    given = zip(names, models * len(files), files * len(models))
-    return [Evaluation(options, ranks, *of_model) for of_model in given]
+    return [Evaluation(options, ranks, *of_one) for of_one in zip(names, files or options.model)]
 
 
 def add_differences(columns: dict[str, dict[str, Score]]):
@@ -944,148 +828,308 @@ def add_differences(columns: dict[str, dict[str, Score]]):
     [first, old], *others = columns.items()
     for name, new in others:
         column = columns[f"{name} - {first}"] = {}
-        for score in old:
-            a, b = old[score], new.get(score, Score())
+        for score, a in old.items():
+            b = new.get(score, Score())
             note = "" if a.n == b.n else f"{b.n} rows against {a.n}"
-            column[score] = combined([b, a], [1, -1], note)._replace(n=min(a.n, b.n))
+            column[score] = replace(combined([b, a], [1, -1], note), n=min(a.n, b.n))
 
 
-def print_scores(title: str, columns: dict[str, dict[str, Score]]):
-    """A table of all models and their differences; what is to be noted stands below."""
+def print_scores(command: str, trial: str, columns: dict[str, dict[str, Score]]):
+    """A table of all models and their differences. n: rows, of each model where they differ."""
     rows = []
     for score in next(iter(columns.values())):
-        found = [column[score] for column in columns.values()]
-        rows.append([score, *found, "/".join({str(of_model.n): 0 for of_model in found})])
+        found = [column.get(score, Score()) for column in columns.values()]
+        n = "/".join({str(of_model.n): 0 for of_model in found})
+        rows.append([score.removeprefix(f"{command}: "), *found, n])
     print("\nPercent ± standard error over prompts; of a difference over the same ones, paired")
-    print_table([title, *columns, "n"], rows)
-    for name, column in columns.items():
-        for score, of_model in column.items():
-            if of_model.note:
-                print(textwrap.fill(f"{name}, {score}: {of_model.note}", WIDTH))
+    print_table([command + trial, *columns, "n"], rows)
 
 
 def evaluate(options: Namespace):
     """All three. Of several models every score of the others minus that of the first is shown."""
     check_options(options)
-    transformers.utils.logging.disable_progress_bar()
     ranks = urpo.Ranks(urpo.Config(device=options.device))
-    if options.tiny:
-        tiny_world(options, ranks)
-    commands = [options.command]
-    if options.command == "all":
-        commands = ["alpaca", "rewardbench", "reasoning"]
-    runs, columns = named_runs(options, ranks), {command: {} for command in commands}
+    runs, columns = named_runs(options, ranks), {}
     # First with empty answers: what is wrong (a row, a template, a context that is too short) is
     # said before a model is asked for hours
-    for rehearsal in [True, False] if options.model or options.judge else [False]:
+    for rehearsal in [False] if options.annotations else [True, False]:
         for run in runs:
             run.rehearsal = rehearsal
-            for command in commands:
-                columns[command][run.options.name] = COMMANDS[command](run)
-            run.drop_model()  # the next one may need its memory
+            column = columns[run.name] = {}
+            for command in options.commands:
+                for score, value in SCORES[command](run).items():
+                    column[f"{command}: {score}"] = value
+            run.hold("")  # the next one may need its memory
 
-    records = {}
-    for command in commands:
-        add_differences(columns[command])
-        for name, column in columns[command].items():
-            for score, value in column.items():
-                records.setdefault(name, {})[f"{command}: {score}"] = value.record()
-        if ranks.main and any(columns[command].values()):  # else nobody has judged the answers
-            print_scores(command + runs[0].trial, columns[command])
-    if records:
-        names = cut("+".join(run.options.name for run in runs), 120)
+    if any(columns.values()):  # else there are answers that nobody has judged
+        add_differences(columns)
+        if ranks.main:
+            print_scores(options.command, runs[0].trial, columns)
+        names = cut("+".join(run.name for run in runs), 120)
         by = f"-by-{short_name(options.judge)}" if options.judge else ""
-        runs[0].write(f"../{options.command}-{names}{by}{runs[0].trial}.json", records)
+        runs[0].write(f"../{options.command}-{names}{by}{runs[0].trial}.json", columns)
+
+
+def cut(name: str, most=30) -> str:
+    """A long name without its middle, so that a table or a legend has room for it."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}..{name[-most // 2 + 1 :]}"
+
+
+def print_table(header: list[str], rows: list[list]):
+    """At most WIDTH wide: columns that find no room stand below, beside the first one again."""
+    table = [list(map(str, row)) for row in [map(cut, header), *rows]]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    left = list(range(1, len(widths)))  # columns that are not printed yet
+    while left:
+        columns, wide = [0], len("|  |") + widths[0]
+        while left and (len(columns) == 1 or wide + len(" | ") + widths[left[0]] <= WIDTH):
+            wide += len(" | ") + widths[left[0]]
+            columns.append(left.pop(0))
+        for row in table:
+            print("|", " | ".join(row[i].ljust(widths[i]) for i in columns), "|")
+        print()
+
+
+# ================================================================================= Curves
+# What a run has written (README, Run it), as a table and a picture and as a page of samples.
+# Metrics that the table shows, by what stands in front of their slash.
+TABLED = "eval raw_score true_quality reward_tau reward length flat parse_rate entropy kl".split()
+PANELS = [["raw_score/open", "true_quality/open"]]  # of a pair the first is solid, the other dashed
+for held_out in ("referee_accuracy", "true_quality", "verifiable_accuracy"):
+    PANELS.append([f"eval/{held_out}", f"eval/{held_out}_greedy"])
+WINDOW = 10  # steps of training that a value is the mean of: single ones are noise
+Series = dict[str, dict[int, float]]  # metric -> step -> its value in one run
+
+
+def read_lines(path: Path, *fields: str) -> list[dict]:
+    """Of a JSONL file of ours, without a last line that is cut (by a kill, or written just now)."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        with in_one_line(f"{path}:{number}: not JSON with {', '.join(fields)}", AttributeError):
+            lines.append(json.loads(line))
+            if not lines[-1].keys() >= set(fields):
+                raise ValueError(f"only {', '.join(lines[-1])}")
+    return lines
+
+
+def read_series(run: Path) -> Series:
+    """What is held out as it is, of training means of the last WINDOW steps."""
+    series, recent = {}, {}
+    for line in read_lines(run / "metrics.jsonl", "step"):
+        step = line.pop("step")
+        for name, value in line.items():
+            window = 1 if name.startswith("eval/") else WINDOW
+            recent[name] = [*recent.get(name, []), value][-window:]
+            series.setdefault(name, {})[step] = fmean(recent[name])
+    if not series:
+        raise BadInput(f"{run}: no metrics yet")
+    return series
+
+
+def read_arms(runs: list[str]) -> dict[str, list[Series]]:
+    """Arm -> its seeds: runs in one folder whose names differ only in a last -sN. Arms of several
+    folders are called by as much of their paths as differs."""
+    paths = [Path(run).resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        raise BadInput("a run is given twice: as two seeds of one arm it would show no error")
+    arms = {}
+    for path in paths:
+        arm = path.with_name(re.sub(r"-s\d+$", "", path.name))
+        arms.setdefault(arm, []).append(read_series(path))
+    shared = os.path.commonpath([arm.parent for arm in arms])
+    return {os.path.relpath(arm, shared): seeds for arm, seeds in arms.items()}
+
+
+def points(seeds: list[Series], name: str) -> dict[int, tuple[float, float]]:
+    """Step -> mean of a metric over seeds and its standard error: over seeds, or of one seed over
+    prompts (`NAME_se`, where the run wrote it). Only steps to which all seeds have come."""
+    found = {}
+    for step in seeds[0].get(name, {}):
+        values = [series[name][step] for series in seeds if step in series.get(name, {})]
+        error = seeds[0].get(f"{name}_se", {}).get(step, math.nan)
+        if len(values) > 1:
+            error = stdev(values) / len(values) ** 0.5
+        if len(values) == len(seeds):
+            found[step] = fmean(values), error
+    return found
+
+
+def curve_table(arms: dict[str, list[Series]]):
+    """The first and the last value of everything held out, and of what tells most of training."""
+    names, rows = {}, []
+    for seeds in arms.values():
+        names |= seeds[0]
+    for name in names:
+        if name.split("/")[0] in TABLED and not name.endswith(("_n", "_se")):
+            for arm, seeds in arms.items():
+                counts = Counter(seeds[0].get(f"{name}_n", {}).values())  # rows held out
+                metric = name + "".join(f" ({count:g})" for count in counts)
+                found = list(points(seeds, name).values())
+                cells = []
+                for mean, error in found[:1] + found[-1:]:
+                    cells.append(f"{mean:.3f} ± {error:.3f}".removesuffix(" ± nan"))
+                if found:
+                    rows.append([metric, cut(arm, 40), *cells])
+    print_table(["metric (rows held out)", "arm", "first", "last"], rows)
+    print(f"± over seeds, of one over prompts; eval/ is held out, all else means of {WINDOW} steps")
+    for arm, seeds in arms.items():
+        lasts = ", ".join(str(max(map(max, series.values()))) for series in seeds)
+        print(f"{cut(arm, 40)}: n {len(seeds)}, to step {lasts}")
+
+
+def curves(options: Namespace):
+    """A table and a picture of the metrics of runs: a colour for each arm, its standard error as a
+    band; the first metric of a panel is solid, the second dashed."""
+    arms, out = read_arms(options.run), options.out or "curves.png"
+    curve_table(arms)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no picture: pip install matplotlib")
+
+    figure = Figure((4 * len(PANELS), 4), layout="constrained")
+    for place, (solid, dashed) in enumerate(PANELS, 1):
+        axis = figure.add_subplot(1, len(PANELS), place, xlabel="step")
+        axis.set_title(f"{solid} (solid)\n{dashed} (dashed)", fontsize=10)
+        for colour, (arm, seeds) in enumerate(arms.items()):
+            label = f"{cut(arm, 40)} (n {len(seeds)})"
+            draw(axis, points(seeds, solid), "-", f"C{colour}", label)
+            draw(axis, points(seeds, dashed), "--", f"C{colour}", "")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    with in_one_line(f"--out {out}"):  # not a kind of picture that matplotlib writes
+        figure.savefig(out, dpi=75)
+    print(out)
+
+
+def draw(axis, found: dict[int, tuple[float, float]], style: str, color: str, label: str):
+    """A line and its band. Points are marked: a run may have a single one yet."""
+    means, errors = torch.tensor([*found.values()]).reshape(-1, 2).T
+    axis.plot([*found], means, style, marker=".", markersize=4, color=color, label=label)
+    axis.fill_between([*found], means - errors, means + errors, alpha=0.15, color=color)
+
+
+# ================================================================================= Samples
+# Only the right column holds texts: it may break anywhere, what stands left of it never
+STYLE = """<style> body { font: 14px/1.5 sans-serif } table { border-collapse: collapse }
+td { border: 1px solid #ccc; padding: .3em .6em; vertical-align: top; white-space: pre }
+td:last-child { white-space: pre-wrap; overflow-wrap: anywhere } </style>"""
+
+
+def group_rows(lines: list[dict]) -> list[tuple[str, str]]:
+    """One prompt's group as (what it is, its text): what was asked, what was paid for what, and of
+    an open group what the referee was shown and said."""
+    first = lines[0]
+    rows = [(message["role"], message["content"]) for message in first["prompt"]]
+    if first.get("responses") and first["truth"]:  # of a judge list
+        for label, score, text in zip(LABELS, first["truth"], first["responses"]):
+            rows.append((f"response {label}: true score {score:.2f}", text))
+    elif first["truth"] is not None:
+        rows.append(("true answer", str(first["truth"])))
+
+    for i, line in enumerate(lines):
+        name = f"completion {i}"
+        for value in ("reward", "true_quality"):
+            if line.get(value) is not None:  # there may be no signal for a reward
+                name += f"\n{value} {line[value]:.2f}"
+        rows.append((name, line["completion"]))
+    for judged in first.get("judged") or []:
+        scores = judged["scores"] or ["does not parse"] * len(judged["shown"])
+        given = [f"completion {i}: {score}" for i, score in zip(judged["shown"], scores)]
+        rows.append(("\n".join(["the referee on", *given]), judged["critique"]))
+    return rows
+
+
+def samples(options: Namespace):
+    """A page (HTML, self-contained) of what a run sampled and what it paid, newest step first."""
+    name, groups = html.escape(Path(options.run).resolve().name), {}
+    out = options.out or f"{options.run}/samples.html"
+    fields = "step", "kind", "prompt", "truth", "completion", "reward"
+    for line in read_lines(Path(options.run) / "samples.jsonl", *fields):
+        groups.setdefault(line["step"], {}).setdefault(line["kind"], []).append(line)
+    if not groups:
+        raise BadInput(f"{options.run}: no samples yet")
+
+    parts = [f'<!doctype html><meta charset="utf-8"><title>{name}</title>{STYLE}<h1>{name}</h1>']
+    for step in sorted(groups, reverse=True):
+        parts.append(f"<h2>step {step}</h2>")
+        for kind, lines in groups[step].items():
+            parts.append(f"<h3>{html.escape(kind)}</h3><table>")
+            for texts in group_rows(lines):  # all that models and data say is escaped here
+                what, text = map(html.escape, texts)
+                parts.append(f"<tr><td>{what}</td><td>{text}</td></tr>")
+            parts.append("</table>")
+    # half a surrogate, which a model of bytes may write, has no UTF-8
+    Path(out).write_text("\n".join(parts), encoding="utf-8", errors="replace")
+    print(out)
 
 
 # ================================================================================= Main
-COMMANDS = {"alpaca": alpaca, "rewardbench": rewardbench, "reasoning": reasoning, "all": evaluate,
-            "curves": curves, "samples": samples}
-ASKING, JUDGE = "alpaca rewardbench reasoning all", "rewardbench all"
+SCORES = {"alpaca": alpaca, "rewardbench": rewardbench, "reasoning": reasoning}
+COMMANDS = SCORES | {"all": evaluate, "curves": curves, "samples": samples}
+ASKING = "alpaca rewardbench reasoning all"
 FLAGS = [  # (commands, flag, default, help); a list takes several values
-    (ASKING, "model", [], "model folders or Hub names; several are compared with the first"),
-    (ASKING, "name", [], "what the models are called; their folders or runs"),
-    (ASKING, "out_dir", "evals", "folder of all results"),
-    (ASKING, "limit", 0, "a trial on the first N of each set; 0: all of them"),
-    (ASKING, "seed", 0, "of samples, and of the order in which responses are shown"),
-    (ASKING, "device", "", "cpu, cuda or cuda:N; cuda where there is one"),
-    (ASKING, "stop_tokens", "", "further stop tokens, comma-separated (base model, chat template)"),
-    (ASKING, "rollout_tokens", 131072, "tokens in a batch of model.generate: bounds the KV cache"),
-    ("alpaca reasoning all", "max_new_tokens", 2048, "longest answer, tokens"),
-    ("alpaca all", "temperature", 0.0, "of answers to AlpacaEval; 0: greedy"),
-    ("alpaca all", "reference", "", "outputs to compare with; gpt4_1106_preview's on the Hub"),
-    ("alpaca all", "judge", "", "a local model; none: answers are written, not judged"),
-    ("alpaca", "outputs", "", "answers to judge, like model_outputs.json"),
-    ("alpaca", "annotations", [], "judgements to count, like annotations.json, of each model"),
-    ("alpaca all", "gamed", "", "df_gamed.csv, for length control; the Hub's"),
-    (JUDGE, "lists", [], "files or Hub sets; RewardBench on the Hub"),
-    (JUDGE, "v2", False, "RewardBench 2: best of four, and Ties"),
-    (JUDGE, "judge_max_new_tokens", 1024, "longest judgement, tokens"),
-    ("reasoning all", "problems", [], "files or Hub sets; six suites on the Hub"),
-    ("reasoning all", "samples", ["1"], "of a problem: N@TEMPERATURE, SUITE=N@TEMPERATURE"),
-    ("reasoning all", "verifier", "math_verify", "math_verify (the package) or plain"),
-    ("curves samples", "out", "", "file to write; curves.png, samples.html in the run's folder"),
-    ("curves", "all_panels", False, "draw every panel, not the first three alone"),
-    ("samples", "steps", [], "only these steps"),
+    (ASKING, "--model", [], "model folders or Hub names; several are compared with the first"),
+    (ASKING, "--name", [], "what the models are called; their folders or runs"),
+    (ASKING, "--out_dir", "evals", "folder of all results"),
+    (ASKING, "--limit", 0, "a trial on the first N of each set; 0: all of them"),
+    (ASKING, "--seed", 0, "of samples, and of the order in which responses are shown"),
+    (ASKING, "--device", "", "cpu, cuda or cuda:N; cuda where there is one"),
+    (ASKING, "--stop_tokens", "", "more stop tokens, comma-separated (base model, chat template)"),
+    (ASKING, "--rollout_tokens", 131072, "tokens in a batch of generate: bounds the KV cache"),
+    ("alpaca reasoning all", "--max_new_tokens", 2048, "longest answer, tokens"),
+    ("alpaca all", "--temperature", 0.0, "of answers to AlpacaEval; 0: greedy"),
+    ("alpaca all", "--reference", "", "outputs to compare with; gpt4_1106_preview's on the Hub"),
+    ("alpaca all", "--judge", "", "a local model; none: answers are written, not judged"),
+    ("alpaca all", "--gamed", "", "df_gamed.csv, for length control; the Hub's"),
+    ("alpaca", "--annotations", [], "judgements to count, like annotations.json, of each model"),
+    ("rewardbench all", "--lists", [], "files or Hub sets; RewardBench on the Hub"),
+    ("rewardbench all", "--v2", False, "RewardBench 2: best of four, and Ties"),
+    ("rewardbench all", "--judge_max_new_tokens", 1024, "longest judgement, tokens"),
+    ("reasoning all", "--problems", [], "files or Hub sets; six suites on the Hub"),
+    ("reasoning all", "--samples", ["1"], "of a problem: N@TEMPERATURE, SUITE=N@TEMPERATURE"),
+    ("reasoning all", "--verifier", "math_verify", "math_verify (the package) or plain"),
+    ("curves", "run", [], "folders of runs"),
+    ("samples", "run", "", "folder of a run"),
+    ("curves samples", "--out", "", "file to write; curves.png, samples.html in the run's folder"),
 ]
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    """What is given (`given`: the flags) over the defaults. A command refuses others' flags."""
+    """What is given, over the defaults. Every command has a parser of its own, so that argparse
+    itself refuses the flags of another command."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("eval.py", None, __doc__, formatter_class=layout)
+    parser.set_defaults(annotations=[], judge="")  # for commands without these flags
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, allow_abbrev=False)
-        if name in ("curves", "samples"):
-            command.add_argument("run", nargs="+" if name == "curves" else None, help="run folder")
+        command.set_defaults(commands=list(SCORES) if name == "all" else [name])
         for of_commands, flag, default, text in FLAGS:
             if name in of_commands.split():
-                how = {"type": type(default)}
-                if isinstance(default, list):
-                    how = {"type": int if flag == "steps" else str, "nargs": "+"}
-                elif default is False:
+                how = {"nargs": "+"} if isinstance(default, list) else {"type": type(default)}
+                if default is False:
                     how = {"action": "store_true"}
                 text += f" (default {default})" if default else ""
-                command.add_argument(f"--{flag}", default=None, help=text, **how)
-    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
-    return Namespace(**{flag: value for _, flag, value, _ in FLAGS} | given, given=list(given))
+                command.add_argument(flag, default=default, help=text, **how)
 
-
-def refuse(options: Namespace, flags: str, why: str):
-    """BadInput for the first of these flags that is given."""
-    for flag in flags.split():
-        if flag in options.given:
-            raise BadInput(f"--{flag} has no effect: {why}")
+    options = parser.parse_args(arguments)
+    if options.command == "all" and not options.model:
+        commands.choices["all"].set_defaults(**tiny_world())  # what is given goes over it
+        options = parser.parse_args(arguments)
+    return options
 
 
 def check_options(options: Namespace):
     """BadInput for what the parser cannot know, before a file is read or a folder is made."""
-    command, player = options.command, "model max_new_tokens temperature stop_tokens seed"
-    options.tiny = command == "all" and not options.model
-    if options.annotations:
-        refuse(options, f"{player} judge outputs rollout_tokens", "--annotations are judged")
-    if options.outputs:
-        refuse(options, player, "--outputs are answers")
-    if options.tiny:
-        refuse(options, "reference judge gamed lists problems v2", "no --model: the tiny world")
-    if not options.judge and not options.annotations:
-        refuse(options, "gamed", "there is no --judge")
-    if command == "alpaca" and not options.temperature:
-        refuse(options, "seed", "--temperature is 0")
-
-    for _, flag, default, _ in FLAGS:
-        if isinstance(default, (int, float)) and not getattr(options, flag) >= min(1, default):
-            raise BadInput(f"--{flag}: expected at least {min(1, default)}")
-    if not (options.model or options.tiny or options.outputs or options.annotations):
-        raise BadInput("--model is missing")
-    if options.outputs and not options.judge:
-        raise BadInput("--outputs needs a --judge")
-    if options.verifier not in data_prep.VERIFIERS:
+    for flag, value in vars(options).items():
+        least = 1 if flag.endswith("_tokens") else 0
+        if isinstance(value, (int, float)) and not value >= least:  # nor NaN
+            raise BadInput(f"--{flag}: expected at least {least}")
+    if bool(options.annotations) == bool(options.model) or options.annotations and options.judge:
+        raise BadInput("expected a --model, with a --judge or without one, or --annotations alone")
+    if vars(options).get("verifier", "plain") not in data_prep.VERIFIERS:
         raise BadInput("--verifier: math_verify or plain")
-    needed = options.verifier == "math_verify" and command in ("reasoning", "all")
-    if needed and not options.tiny and not importlib.util.find_spec("math_verify"):
-        raise BadInput("--verifier math_verify: pip install math-verify (or --verifier plain)")
 
 
 def main(arguments: list[str] | None = None):

@@ -1849,10 +1849,10 @@ LEVELS = [("cba", "abc", 1, [3, 2, 1]), ("bc", "abc", 0, [2, 3]), ("bc", "abc", 
 @pytest.mark.parametrize("instructions, order, published, levels", LEVELS)
 def test_eval_difficulties(monkeypatch, instructions, order, published, levels):
     """Bug: a row has the difficulty of another one, or is scored although it has none."""
-    fit = lambda rows, levels, gamed: evaluators.Score(levels)  # noqa: E731
+    fit = lambda rows, levels, gamed, note: evaluators.Score(levels, note=note)  # noqa: E731
     monkeypatch.setattr(evaluators, "length_control", fit)
-    rows = [dict(instruction=letter, preference=1.5) for letter in instructions]
-    score, *_ = evaluators.alpaca_scores(rows, [*order], ("a table", [1, 2, 3]), published).values()
+    rows, table = [dict(instruction=letter) for letter in instructions], ("a table", [1, 2, 3])
+    score = evaluators.length_controlled_score(rows, [*order], table, published)
     assert score.value == levels if levels else "needs --reference" in score.note
     assert ("by row" in score.note) == (levels == [1, 2])
 
@@ -1904,17 +1904,17 @@ def evaluate(folder, tmp_path, monkeypatch):
         newest = max(results, key=os.path.getmtime, default=None)  # of two models there is none
         return newest and (read(newest), newest.parent)
 
-    def fill(self, what, model, chunks, answer):
+    def ask(self, what, model, prompts, decides, size, answer):
         def noted(actor, prompts):
             if len(run.asked) == run.killed_at:
                 raise KeyboardInterrupt
             run.asked.append((what, prompts, answer(actor, prompts)))
             return run.asked[-1][-1]
 
-        real(self, what, model, chunks, noted)
+        return real(self, what, model, prompts, decides, size, noted)
 
-    run.asked, run.killed_at, real = [], None, evaluators.Evaluation.fill
-    monkeypatch.setattr(evaluators.Evaluation, "fill", fill)
+    run.asked, run.killed_at, real = [], None, evaluators.Evaluation.ask
+    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
     return run
 
 
@@ -1923,11 +1923,7 @@ PROBLEMS = [  # row, its answer, what a model says, is it right?
     ({"question": "Q?", "answer": "1000 + 250\n#### 1,250"}, "1250", "so 1250", 1),  # GSM8K
     ({"problem": "Q?", "solution": "\\boxed{7}", "answer": "1/2"}, "1/2", "\\boxed{0.5}", 1),
     ({"id": 60, "problem": "Q?", "answer": "025", "url": "u"}, "025", "\\boxed{25}", 1),  # AIME
-    ({"question": "Q?", "final_answer": ["$(1,8)$", "2"]}, "(1,8), 2", "\\boxed{2, (1,8)}", 1),
-    *(({"problem": "Q?", "answer": answer}, answer, f"\\boxed{{{said}}}", right)
-      for answer, said, right in (
-        ("1,-2", "-2, 1", 1), ("1,-2", "1,-2,3", 0), ("(1,2), (3,4)", "(1,4), (3,2)", 0),
-        ("1,1", "1,2", 0), ("1000, 2", "2, 1,000", 1)))]
+    ({"question": "Q?", "final_answer": ["$(1,8)$", "2"]}, "(1,8), 2", "\\boxed{(1,8), 2}", 1)]
 FAKES = [  # Ties of RewardBench 2, what a judge says of those shown; score, strict, flip, parsed
     ("", lambda shown: [9 if text == "good" else 2 for text in shown], [100, 100, 0, 100]),
     ("", lambda shown: [7, 7], [50, 0, 0, 100]), ("", lambda shown: [9, 3], [50, 50, 100, 100]),
@@ -1938,10 +1934,10 @@ FAKES = [  # Ties of RewardBench 2, what a judge says of those shown; score, str
 
 @pytest.mark.parametrize("row, answer, said, right", PROBLEMS)
 def test_eval_problems(tmp_path, row, answer, said, right):
-    """Bug: a suite's schema is not known; lists of answers are compared in order, or in part."""
+    """Bug: a suite's schema is not known, or its answer is read wrongly."""
     [(_, task)] = evaluators.read_tasks(write_rows(tmp_path / "x.jsonl", [row]), "verifiable", 0)
     assert (task["prompt"][-1]["content"], task["answer"]) == ("Q?", answer)
-    assert evaluators.check_answer(data_prep.verify_answer, said, answer) == right
+    assert data_prep.verify_answer(said, answer) == right
 
 
 @pytest.mark.parametrize("ties, judge, expected", FAKES)
@@ -1953,11 +1949,11 @@ def test_eval_fake_judges(evaluate, monkeypatch, tmp_path, ties, judge, expected
         said.append([{"text": verdict(judge([texts[i] for i in order]))}])
         return real(row, texts, order, *rest)
 
-    def texts(self, what, model, prompts, limit):
-        return [said.pop(0) for _ in prompts]
+    def ask(self, what, model, prompts, *how):
+        return said[-len(prompts) :]  # before that they were rehearsed
 
     monkeypatch.setattr(urpo, "judge_prompt", judge_prompt)
-    monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
+    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
     subset, wrong = ("Math", ["bad", "worse", "no"]) if ties else ("hep-go", ["bad"])
     pair = dict(chosen=["good"], rejected=wrong, num_correct=1)
     rows = [dict(prompt=f"w{i}", **pair) for i in range(40)]
@@ -1992,21 +1988,21 @@ def test_eval_alpaca_judges(evaluate, reference, monkeypatch, folder, judge):
     shown, duel = [], evaluators.duel_prompt
     monkeypatch.setattr(evaluators, "duel_prompt", lambda *p: shown.append(p[1]) or duel(*p))
 
-    def texts(self, what, model, prompts, limit, n, temperature):
-        shown.clear()  # rehearsed, then asked
-        return [[{"text": f"<think>so</think>{text}"}] for text in ["same"] + ["  better"] * 39]
-
-    def duels(self, model, prompts):
-        assert [ids == [] for ids in prompts] == [True] + [False] * 39
-        tops = [None, [["x", -0.1]]]  # the first is not asked, of the second there is no verdict
+    def ask(self, what, model, prompts, *how):
+        if self.rehearsal:
+            return [None] * len(prompts)
+        if what == "AlpacaEval":
+            shown.clear()  # they were rehearsed
+            return [[{"text": f"<think>so</think>{text}"}] for text in ["same"] + ["  better"] * 39]
+        tops = [[["x", -0.1]]]  # of the first that is asked there is no verdict
         for i, text in enumerate(shown[1:]):
             token = "m" if judge == "first" or text == "better" else "M"
             less = [token.swapcase() * (i % 2), -30]
             tops.append([[token, -0.5], ["x", -1.0], less, [token, -40.0]])
+        assert len(tops) == len(prompts) == 39  # equal outputs are not asked about
         return tops
 
-    monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
-    monkeypatch.setattr(evaluators.Evaluation, "duels", duels)
+    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
     results, out = evaluate("alpaca", reference=reference, judge=folder)
     assert [first == "better" for first in shown] == switched[1:]
     wins = 38 if judge == "better" else sum(switched[2:])
@@ -2017,7 +2013,6 @@ def test_eval_alpaca_judges(evaluate, reference, monkeypatch, folder, judge):
     row = dict(dataset="d", generator="m", instruction="w1", output="better")
     assert read(out.parent / "model_outputs.json")[1] == row
     again, _ = evaluate("alpaca", model="", annotations=annotations, name="again")
-    score["note"] = score["note"].removesuffix(", which is the model itself")
     assert again["scores"] == results["scores"] and again["notes"]["without a verdict"] == 1
 
 
@@ -2030,15 +2025,11 @@ def test_eval_judge_later(evaluate, reference, folder, tokenizer, tmp_path):
     assert (out.name, elsewhere.name) == ("weighted_alpaca_eval_model0", "weighted_alpaca_eval_j")
     assert {"alpaca-m-by-model0.json", "alpaca-m-by-j.json"} <= set(os.listdir(tmp_path / "evals"))
     namesake = save(tmp_path / "elsewhere/j/final", seed=6)
-    assert "another" in refused(evaluate, "alpaca", judge=namesake, **flags)
+    assert "of another model" in refused(evaluate, "alpaca", judge=namesake, **flags)
     (tmp_path / "elsewhere/j/final/chat_template.jinja").write_text(NO_SYSTEM)
     said = refused(evaluate, "alpaca", judge=namesake, **flags | {"name": "x", "max_new_tokens": 5})
-    assert "template refuses row 1 of the judge" in said and len(asked) == 3  # before answers
+    assert "refuses row 1 of the judge" in said and len(asked) == 3  # before answers
     assert [what for what, *_ in asked] == ["AlpacaEval", "duels", "duels"] and out != elsewhere
-    flags = dict(outputs=out.parent / "model_outputs.json", reference=reference, model="", name="x")
-    _, again = evaluate("alpaca", judge=folder, **flags)
-    rows = [row | {"generator_2": "m"} for row in read(again / "annotations.json")]
-    assert read(out / "annotations.json") == rows
     _, prompts, [top, *_] = asked[1]
     logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor(prompts[:1])).logits[0, -1]
     for (text, logprob), value, i in zip(top, *logits.log_softmax(-1).topk(5), strict=True):
@@ -2055,7 +2046,7 @@ def test_eval_goes_on(evaluate, tokenizer, tmp_path):
         evaluate("reasoning", **flags)
     evaluate.killed_at = None
     assert stop.value.code == 130 and len(asked) == 2
-    first, out = evaluate("reasoning", **flags)
+    _, out = evaluate("reasoning", **flags)
     assert len(asked) == 5  # chunks of 32 prompts
     records, said = read(out / "samples.json"), []
     assert any(record["texts"][0] != record["texts"][1] for record in records)
@@ -2071,10 +2062,10 @@ def test_eval_goes_on(evaluate, tokenizer, tmp_path):
         evaluate("reasoning", **flags | changed)
         assert bool(asked) == bool(changed)
     trial, where = evaluate("reasoning", limit=3, **flags)
-    assert trial["trial"] and where.name == "reasoning-limit3" and "judge" not in trial["settings"]
-    assert trial["scores"]["composite"]["n"] == 3 and not first["trial"]
+    assert trial["settings"]["limit"] == 3 and where.name == "reasoning-limit3"
+    assert trial["scores"]["composite"]["n"] == 3 and "gamed" not in trial["settings"]
     other = save(tmp_path / "other", seed=3)
-    assert "another m: give a --name" in refused(evaluate, "reasoning", **flags, model=other)
+    assert "of another model: give a --name" in refused(evaluate, "reasoning", **flags, model=other)
 
 
 def test_eval_what_is_not_asked(evaluate, folder, tmp_path):
@@ -2094,16 +2085,28 @@ def test_eval_what_is_not_asked(evaluate, folder, tmp_path):
     found, _ = evaluate("rewardbench", lists=lists)
     assert found["scores"]["all lists, score"]["n"] == 2
     assert found["notes"] == {"lists not asked: longer than the context": 1}
-    flags = dict(judge=folder, reference=written("x", "instruction", long, output="w3"))
-    found, _ = evaluate("alpaca", **flags)
-    assert found["scores"]["win rate"]["n"] <= 2
+    rows = [dict(instruction=text, output="w3") for text in (*long, "w5")]
+    rows[-1]["output"] = long[1]  # too long for the judge alone
+    found, _ = evaluate("alpaca", judge=folder, reference=write_rows(tmp_path / "y.jsonl", rows))
     assert found["notes"]["not asked: longer than the model's context"] == 1
-    outputs = written("y", "instruction", (*long[1:], "w5", long[2]), output="w4")
-    found, _ = evaluate("alpaca", **flags, outputs=outputs, model="", name="y")
-    for part in ("not judged: longer", "reference without an output", "no row for", "had one"):
-        assert [n for name, n in found["notes"].items() if part in name] == [1]
-    flags |= dict(outputs=written("z", "instruction", ["w1 w2 "], output="w4"), model="", name="z")
-    assert "no instruction in common" in refused(evaluate, "alpaca", **flags)
+    assert found["notes"]["not judged: longer than the judge's context"] == 1
+    assert found["scores"]["win rate"]["n"] <= 2
+
+
+def test_eval_two_writers(tmp_path, monkeypatch):
+    """Bug: two commands that write one file at once share a draft: one finds it gone, or half."""
+    run = SimpleNamespace(home=tmp_path, ranks=SimpleNamespace(main=True), rehearsal=False)
+    write, move = functools.partial(evaluators.Evaluation.write, run, "x.json"), Path.replace
+
+    def other_first(draft, path):
+        monkeypatch.setattr(Path, "replace", move)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        write("the other's")
+        move(draft, path)
+
+    monkeypatch.setattr(Path, "replace", other_first)
+    write("ours")
+    assert read(tmp_path / "x.json") == "ours" and os.listdir(tmp_path) == ["x.json"]
 
 
 OUTPUT = '{"instruction": "w1", "output": "w2"}'
@@ -2115,11 +2118,11 @@ def test_eval_thoughts(evaluate, monkeypatch, tmp_path, said, right):
     actor = SimpleNamespace(text=lambda ids, prompt_ids: f"{prompt_ids} and {ids}")
     assert evaluators.spoken(actor, [1], [Completion([2])])[0]["text"] == "[1] and [2]"
 
-    def answer(self, what, model, prompts, *how):
+    def ask(self, what, model, prompts, *how):
         final = block("A: 9", "B: 1") if what == "RewardBench" else "\\boxed{7}"
         return [[{"text": said.format(final), "truncated": False}]] * len(prompts)
 
-    monkeypatch.setattr(evaluators.Evaluation, "texts", answer)
+    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
     problems = write_rows(tmp_path / "x.jsonl", [{"problem": "w1?", "answer": "7"}])
     found, _ = evaluate("reasoning", problems=problems)
     assert found["scores"]["composite"]["value"] == 100 * right
@@ -2177,15 +2180,16 @@ def test_eval_samples_by_suite(evaluate, folder, tmp_path, monkeypatch):
     sets = {"aime/test": rows, "gsm.v2": rows[:2]}
     paths = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in sets.items()]
 
-    def texts(self, what, model, prompts, limit, n, temperature):
+    def ask(self, what, model, prompts, decides, *how):
+        _, _, _, n, _, temperature, *_ = decides
         assert (what, n, temperature) in [("aime", 4, 0.6), ("gsm.v2", 1, 0.0)]
         said = []
-        for rights in outcomes[self.options.name][: len(prompts)]:
+        for rights in outcomes[self.name][: len(prompts)]:
             texts = ["<think>\\boxed{7}" + "</think>\\boxed{7}" * right for right in rights[:n]]
             said.append([{"text": text, "truncated": False} for text in texts])
         return said
 
-    monkeypatch.setattr(evaluators.Evaluation, "texts", texts)
+    monkeypatch.setattr(evaluators.Evaluation, "ask", ask)
     flags = dict(model=[folder, save(tmp_path / "other")], name=["a", "b"])
     evaluate("reasoning", problems=paths, samples=["aime=4@.6", "1"], **flags)
     columns = read(tmp_path / "evals/reasoning-a+b.json")
@@ -2216,9 +2220,8 @@ def test_eval_tiny_world(monkeypatch, tmp_path):
     os.utime("runs/tiny-old/final/config.json", (1, 1))
     evaluators.main(["all", "--limit", "12", "--device", "cpu"])
     scores = read(tmp_path / "evals/all-tiny-new-limit12.json")["tiny-new"]
-    controlled = scores["alpaca: length-controlled win rate"]
-    assert controlled["value"] is None and "df_gamed.csv" in controlled["note"]
-    for name in ("alpaca: win rate", "rewardbench: all lists, score", "reasoning: composite"):
+    assert scores["rewardbench: mean of four sections"]["value"] is None
+    for name in ("rewardbench: all lists, score", "reasoning: composite"):
         assert 0 <= scores[name]["value"] <= 100 and scores[name]["n"] > 5
 
 
@@ -2235,21 +2238,18 @@ WRONG = [  # command, flags, content of a file X, message
     ("reasoning", {"problems": X, "samples": "y=4@1"}, PROBLEM, "--samples"),
     ("reasoning", {"problems": X, "out_dir": X}, PROBLEM, "Not a directory"),
     ("reasoning", {"limit": -1}, "", "--limit: expected at least 0"),
-    ("reasoning", {"model": ""}, "", "--model is missing"),
+    ("reasoning", {"model": ""}, "", "expected a --model"),
     ("rewardbench", {"lists": X}, '{"prompt": "w1", "chosen": "a", "rejected": 7}', "row 1"),
     ("alpaca", {"reference": X}, '{"instruction": "w1", "output": null}', "expected strings"),
     ("alpaca", {"judge": "nobody", "reference": X}, OUTPUT, "nobody"),
-    ("alpaca", {"seed": 1}, "", "--seed has no effect"),
     ("alpaca", {"annotations": X, "model": ""}, PAIR + ', "preference": "2"}', "preference"),
     ("alpaca", {"annotations": X, "model": "", "gamed": X}, (PAIR + "}\n") * 2, "expected a table"),
-    ("alpaca", {"outputs": X, "model": ""}, "", "needs a --judge"),
-    ("alpaca", {"gamed": X}, "", "--gamed has no effect"),
-    ("alpaca", {"outputs": X, "judge": "x", "seed": 1, "temperature": 1}, "", "--model has no"),
+    ("alpaca", {"annotations": X, "judge": "x", "model": ""}, "", "or --annotations alone"),
+    ("reasoning", {"verifier": "x"}, "", "--verifier: math_verify or plain"),
     ("reasoning", {"problems": X, "max_new_tokens": 1020}, PROBLEM, "no prompt of x fits"),
     ("rewardbench", {"lists": X, "judge_max_new_tokens": 990}, LIST, "RewardBench fits"),
-    ("reasoning", {"problems": X}, PROBLEM.replace("w1", "\\ud83d"), "row 1: half a surrogate"),
-    ("alpaca", {"annotations": [X, X], "model": "", "name": ""}, PAIR + "}", "called unknown, unk"),
-    ("all", {"model": "", "name": "", "lists": X}, "", "--lists has no effect")]
+    ("reasoning", {"problems": X}, PROBLEM.replace("w1", "\\ud83d"), "refuses row 1 of x"),
+    ("alpaca", {"annotations": [X, X], "model": "", "name": ""}, PAIR + "}", "called unknown, unk")]
 # fmt: on
 
 
@@ -2276,14 +2276,17 @@ def test_curves_of_seeds(tmp_path, capsys):
         file.write('{"step": 41, "eval/true_qua')
     evaluators.main(["curves", *map(str, runs), "--out", str(tmp_path / "curves.png")])
     printed = re.sub(" +", " ", capsys.readouterr().out)
-    assert "| metric (n held out) | a, first | a, last | b, first | b, last |" in printed
-    assert "a: n 3, ± over seeds; to step 40, 40, 40\nb: n 1, ± over prompts" in printed
-    cells = "0.500 ± 0.000 | 0.800 ± 0.115 | 0.500 ± 0.050 | 0.250 ± 0.050 |"  # 0.2 / sqrt(3)
-    assert f"| eval/true_quality (77) | {cells}" in printed
-    assert "| raw_score/open | 0.000 ± 0.000 | 0.800 ± 0.115 | 0.000 | 0.250 |" in printed
+    assert "a: n 3, to step 40, 40, 40\nb: n 1, to step 40" in printed
+    for row in (
+        "eval/true_quality (77) | a | 0.500 ± 0.000 | 0.800 ± 0.115",  # 0.2 / sqrt(3)
+        "eval/true_quality (77) | b | 0.500 ± 0.050 | 0.250 ± 0.050",
+        "raw_score/open | a | 0.000 ± 0.000 | 0.800 ± 0.115",
+        "raw_score/open | b | 0.000 | 0.250",
+    ):
+        assert f"| {row} |" in printed
     assert "no picture" in printed or (tmp_path / "curves.png").stat().st_size > 10000
     line = '{"step": 1, "loss": 2}\n'
-    for text, said in (line + '{"\n', "not JSON"), (line * 2, "logged twice"), ("", "no metrics"):
+    for text, said in (line + '{"\n', "not JSON"), ("", "no metrics"):
         (runs[-1] / "metrics.jsonl").write_text(text)
         assert said in refused(evaluators.main, ["curves", *map(str, runs)])
     assert "given twice" in refused(evaluators.main, ["curves", *map(str, runs[:1] * 2)])
@@ -2295,10 +2298,12 @@ def test_arms(tmp_path, capsys):
     runs = [str(tmp_path / name) for name in ("exp1/run", "exp2/run", "exp1/r-s0", "exp1/r-s1")]
     for run in runs:
         write_rows(Path(run) / "metrics.jsonl", lines[run == runs[-1] :])
-    evaluators.main(["curves", *runs, "--out", str(tmp_path / "curves.png"), "--all_panels"])
+    evaluators.main(["curves", *runs, "--out", str(tmp_path / "curves.png")])
     printed = capsys.readouterr().out
-    assert re.search("exp1/run, first +. exp1/run, last +. exp2/run, first", printed)
-    assert "exp1/r: n 2" in printed and max(map(len, printed.splitlines()[:-1])) <= 100
+    for arm in ("exp1/run", "exp2/run"):
+        assert re.search(f"eval/true_quality +. {arm} +. 0.500", printed)
+    assert "exp1/r: n 2, to step 1, 1" in printed
+    assert max(map(len, printed.splitlines()[:-1])) <= 100
 
 
 def test_samples_page(tmp_path):
@@ -2316,16 +2321,17 @@ def test_samples_page(tmp_path):
     evaluators.main(["samples", str(tmp_path)])
     page = (tmp_path / "samples.html").read_text(encoding="utf-8")
     assert "<script" not in page and page.count(html.escape(hostile)) == 6
-    assert page.count("</details>") == 2 and page.rindex("<table>") < page.rindex("</details>")
-    cells = re.findall("<td><pre>(.*?)</pre>", page, re.S)
+    cells = re.findall("<td>(.*?)</td>", page, re.S)
     assert page.index("step 20") < page.index("step 1<")  # the newest first
-    assert f"A, 4.00, {html.escape(hostile)}, B, 1.00, worse" in ", ".join(cells)
-    assert "3.0 9.0" in cells and "does not parse" in cells and "-1.50" in cells
-    assert "completion 1: 8.0\ncompletion 0: 2.0" in cells
-    evaluators.main(["samples", str(tmp_path), "--steps", "1", "--out", str(tmp_path / "one.html")])
-    assert "step 20" not in (tmp_path / "one.html").read_text(encoding="utf-8")
-    said = refused(evaluators.main, ["samples", str(tmp_path), "--steps", "7"])
-    assert "samples of 1, 20" in said
+    rows = dict(zip(cells[::2], cells[1::2]))
+    assert rows["response A: true score 4.00"] == html.escape(hostile)
+    assert rows["response B: true score 1.00"] == "worse"
+    assert rows["completion 0\nreward -1.00"] == html.escape(verdict([3, 9])) + " "
+    assert rows["completion 1\nreward -1.50"].startswith("no scores")
+    assert rows["completion 1"] == "b"  # it has no reward
+    assert rows["the referee on\ncompletion 1: 8.0\ncompletion 0: 2.0"] == html.escape(hostile)
+    failed = "does not parse"
+    assert rows[f"the referee on\ncompletion 0: {failed}\ncompletion 1: {failed}"] == "?"
     for text, said in {"": "no samples yet", '{"step": 1}\n': "not JSON with"}.items():
         (tmp_path / "samples.jsonl").write_text(text)
         assert said in refused(evaluators.main, ["samples", str(tmp_path)])
