@@ -123,7 +123,7 @@ class Evaluation:
 
     def __init__(self, options: Namespace, ranks: urpo.Ranks, name: str, model: str):
         self.options, self.ranks = options, ranks
-        self.name, self.model = name, model  # with --annotations the model is the file of them
+        self.name, self.model = name, model  # of --outputs, --annotations it is the file
         self.home = Path(options.out_dir) / name
         self.trial = f"-limit{options.limit}" if options.limit else ""
         self.rehearsal = False  # what is wrong is found, nothing is asked or written
@@ -217,7 +217,8 @@ class Evaluation:
         if self.ranks.main and not self.rehearsal:
             said = [f"{value} {name}" for name, value in notes.items()]
             said += [f"{name}: {score.note}" for name, score in scores.items() if score.note]
-            print(textwrap.fill(f"{self.home / folder}: {'; '.join(said)}", WIDTH), flush=True)
+            text = f"{self.home / folder}: {'; '.join(said)}"
+            print(textwrap.fill(text, WIDTH, break_on_hyphens=False), flush=True)
         return scores
 
 
@@ -485,11 +486,14 @@ def alpaca(run: Evaluation) -> dict[str, Score]:
 
     # ---- count
     annotator = annotations[0]["annotator"]
+    judged_by = f"judged by {annotator}"
+    if options.judge and identity(options.judge) == identity(run.model):
+        judged_by += ", which is the model itself"
     win_rate, discrete, counts = win_rates(annotations)
     controlled = length_controlled_score(annotations, order, table, bool(options.annotations))
     scores = {
         "length-controlled win rate": controlled,
-        "win rate": replace(win_rate, note=f"judged by {annotator}"),
+        "win rate": replace(win_rate, note=judged_by),
         "discrete win rate": discrete}
     counts["avg_length"] = sum(len(row["output_2"]) for row in annotations) // len(annotations)
     return run.finish(f"alpaca{run.trial}/{short_name(annotator)}", scores, counts | +notes)
@@ -502,23 +506,43 @@ def read_annotations(file: str) -> list[dict]:
 
 
 def answer_all(run: Evaluation, reference: list[dict], notes: Counter) -> list[dict]:
-    """Ask the model -> rows of the official annotations.json, but for the verdict. Its outputs are
-    written for `alpaca_eval --model_outputs`, too."""
-    options, rows, outputs = run.options, [], []
-    chats = [data_prep.chat(row["instruction"]) for row in reference]
-    limit, temperature = options.max_new_tokens, options.temperature
-    answers = run.texts("AlpacaEval", chats, urpo.encode, limit, temperature)
-    for row, answer in zip(reference, answers):
-        if answer:
-            output = without_thoughts(answer[0]["text"]).strip()
+    """Answers to the instructions -> rows of the official annotations.json, but for the verdict.
+    They are written for `alpaca_eval --model_outputs`, too."""
+    outputs = given_outputs if run.options.outputs else own_outputs
+    rows, official = [], []
+    for row, output in zip(reference, outputs(run, reference, notes), strict=True):
+        if output is not None:
             asked = {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
-            outputs.append(asked | {"output": output, "generator": run.name})
+            official.append(asked | {"output": output, "generator": run.name})
             rows.append(asked | {
                 "output_1": row["output"], "generator_1": row.get("generator", "reference"),
                 "output_2": output, "generator_2": run.name})
-    run.write(f"alpaca{run.trial}/model_outputs.json", outputs)
-    notes["not asked: longer than the model's context"] = answers.count(None)
+    run.write(f"alpaca{run.trial}/model_outputs.json", official)
     return rows
+
+
+def own_outputs(run: Evaluation, reference: list[dict], notes: Counter) -> list[str | None]:
+    """What the model answers; None where the prompt does not fit."""
+    chats = [data_prep.chat(row["instruction"]) for row in reference]
+    limit, temperature = run.options.max_new_tokens, run.options.temperature
+    answers = run.texts("AlpacaEval", chats, urpo.encode, limit, temperature)
+    notes["not asked: longer than the model's context"] = answers.count(None)
+    return [without_thoughts(found[0]["text"]).strip() if found else None for found in answers]
+
+
+def given_outputs(run: Evaluation, reference: list[dict], notes: Counter) -> list[str | None]:
+    """--outputs, answers from elsewhere: they belong to the instruction that is the same to the
+    letter, as alpaca_eval joins them. What finds no other half is counted."""
+    rows = read_rows(run.model, "instruction", "output")
+    output = {row["instruction"]: row["output"] for row in reversed(rows)}  # the first one counts
+    outputs = [output.get(row["instruction"]) for row in reference]
+    joined = len(outputs) - outputs.count(None)
+    if not joined:
+        raise BadInput(f"{run.model}: no instruction in common with the reference")
+    notes["rows of the reference without an output"] = outputs.count(None)
+    notes["outputs that the reference has no row for, to the letter"] = len(output) - joined
+    notes["outputs to an instruction that had one before"] = len(rows) - len(output)
+    return outputs
 
 
 def judge_all(run: Evaluation, rows: list[dict], notes: Counter):
@@ -812,10 +836,13 @@ def tiny_world() -> dict:
 
 
 def named_runs(options: Namespace, ranks: urpo.Ranks) -> list[Evaluation]:
-    """One for each model, or file of judgements, which says whose answers were judged. Two of one
+    """One for each model, or file of outputs or judgements, which says whose they are. Two of one
     name would write into one folder."""
-    files = options.annotations
-    called = [str(read_annotations(file)[0]["generator_2"]) for file in files] or options.model
+    files = options.annotations or options.outputs
+    called = list(options.model)
+    for file in files:
+        row = read_rows(file)[0]
+        called.append(str(row.get("generator_2", row.get("generator", "unknown"))))
     names = options.name or list(map(short_name, called))
     if len(names) != len(called) or len(set(names)) < len(names):
         raise BadInput(f"{len(called)} models called {', '.join(names)}: a --name for each"[:300])
@@ -852,7 +879,7 @@ def evaluate(options: Namespace):
     runs, columns = named_runs(options, ranks), {}
     # First with empty answers: what is wrong (a row, a template, a context that is too short) is
     # said before a model is asked for hours
-    for rehearsal in [False] if options.annotations else [True, False]:
+    for rehearsal in [True, False] if options.model else [False]:
         for run in runs:
             run.rehearsal = rehearsal
             column = columns[run.name] = {}
@@ -919,6 +946,8 @@ def read_series(run: Path) -> Series:
     for line in read_lines(run / "metrics.jsonl", "step"):
         step = line.pop("step")
         for name, value in line.items():
+            if step in series.get(name, {}):
+                raise BadInput(f"{run}: {name} of step {step} is logged twice")
             window = 1 if name.startswith("eval/") else WINDOW
             recent[name] = [*recent.get(name, []), value][-window:]
             series.setdefault(name, {})[step] = fmean(recent[name])
@@ -1082,6 +1111,7 @@ FLAGS = [  # (commands, flag, default, help); a list takes several values
     ("alpaca all", "--reference", "", "outputs to compare with; gpt4_1106_preview's on the Hub"),
     ("alpaca all", "--judge", "", "a local model; none: answers are written, not judged"),
     ("alpaca all", "--gamed", "", "df_gamed.csv, for length control; the Hub's"),
+    ("alpaca", "--outputs", [], "answers to judge, like model_outputs.json, of each model"),
     ("alpaca", "--annotations", [], "judgements to count, like annotations.json, of each model"),
     ("rewardbench all", "--lists", [], "files or Hub sets; RewardBench on the Hub"),
     ("rewardbench all", "--v2", False, "RewardBench 2: best of four, and Ties"),
@@ -1100,7 +1130,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     itself refuses the flags of another command."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("eval.py", None, __doc__, formatter_class=layout)
-    parser.set_defaults(annotations=[], judge="")  # for commands without these flags
+    parser.set_defaults(outputs=[], annotations=[], judge="")  # for commands without these flags
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, allow_abbrev=False)
@@ -1126,8 +1156,10 @@ def check_options(options: Namespace):
         least = 1 if flag.endswith("_tokens") else 0
         if isinstance(value, (int, float)) and not value >= least:  # nor NaN
             raise BadInput(f"--{flag}: expected at least {least}")
-    if bool(options.annotations) == bool(options.model) or options.annotations and options.judge:
-        raise BadInput("expected a --model, with a --judge or without one, or --annotations alone")
+    answers = [options.model, options.outputs, options.annotations]
+    judged = options.judge or not options.outputs
+    if sum(map(bool, answers)) != 1 or not judged or options.judge and options.annotations:
+        raise BadInput("expected a --model, or --outputs with a --judge, or --annotations alone")
     if vars(options).get("verifier", "plain") not in data_prep.VERIFIERS:
         raise BadInput("--verifier: math_verify or plain")
 

@@ -2007,6 +2007,7 @@ def test_eval_alpaca_judges(evaluate, reference, monkeypatch, folder, judge):
     assert [first == "better" for first in shown] == switched[1:]
     wins = 38 if judge == "better" else sum(switched[2:])
     score = results["scores"]["win rate"]
+    score["note"] = score["note"].removesuffix(", which is the model itself")
     assert score["value"] == pytest.approx(100 * (wins + 0.5) / 39, abs=1e-6) and score["n"] == 39
     annotations = out / "annotations.json"
     assert [row["preference"] for row in read(annotations)[:2]] == [1.5, None]
@@ -2091,6 +2092,30 @@ def test_eval_what_is_not_asked(evaluate, folder, tmp_path):
     assert found["notes"]["not asked: longer than the model's context"] == 1
     assert found["notes"]["not judged: longer than the judge's context"] == 1
     assert found["scores"]["win rate"]["n"] <= 2
+
+
+def test_eval_outputs_from_elsewhere(evaluate, reference, folder, tmp_path):
+    """Bug: outputs without a row, twice, or off by a blank vanish in silence."""
+    rows = [json.loads(line) for line in Path(reference).read_text().splitlines()]
+    other = [row | {"output": "w4", "generator": "other"} for row in rows]
+    other[-1]["instruction"] += " "
+    flags = dict(judge=folder, reference=reference, model="", name="")
+    outputs = write_rows(tmp_path / "y.jsonl", [other[0], *other])
+    found, out = evaluate("alpaca", **flags, outputs=outputs)
+    assert out.parent.parent.name == "other" and found["scores"]["win rate"]["n"] <= 39
+    for part in ("reference without an output", "no row for", "had one before"):
+        assert [n for name, n in found["notes"].items() if part in name] == [1]
+    assert {row["output_2"] for row in read(out / "annotations.json")} == {"w4"}
+    stranger = write_rows(tmp_path / "z.jsonl", other[-1:])
+    flags["name"] = "z"
+    assert "no instruction in common" in refused(evaluate, "alpaca", **flags, outputs=stranger)
+
+
+def test_eval_judge_of_itself(evaluate, reference, folder, tmp_path):
+    """Bug: nobody says that the judge is the model."""
+    for judge, itself in (folder, True), (save(tmp_path / "j", seed=5), False):
+        found, _ = evaluate("alpaca", judge=judge, reference=reference, max_new_tokens=4)
+        assert ("the model itself" in found["scores"]["win rate"]["note"]) == itself
 
 
 def test_eval_two_writers(tmp_path, monkeypatch):
@@ -2245,6 +2270,7 @@ WRONG = [  # command, flags, content of a file X, message
     ("alpaca", {"annotations": X, "model": ""}, PAIR + ', "preference": "2"}', "preference"),
     ("alpaca", {"annotations": X, "model": "", "gamed": X}, (PAIR + "}\n") * 2, "expected a table"),
     ("alpaca", {"annotations": X, "judge": "x", "model": ""}, "", "or --annotations alone"),
+    ("alpaca", {"outputs": X, "model": ""}, "", "--outputs with a --judge"),
     ("reasoning", {"verifier": "x"}, "", "--verifier: math_verify or plain"),
     ("reasoning", {"problems": X, "max_new_tokens": 1020}, PROBLEM, "no prompt of x fits"),
     ("rewardbench", {"lists": X, "judge_max_new_tokens": 990}, LIST, "RewardBench fits"),
@@ -2286,7 +2312,7 @@ def test_curves_of_seeds(tmp_path, capsys):
         assert f"| {row} |" in printed
     assert "no picture" in printed or (tmp_path / "curves.png").stat().st_size > 10000
     line = '{"step": 1, "loss": 2}\n'
-    for text, said in (line + '{"\n', "not JSON"), ("", "no metrics"):
+    for text, said in (line + '{"\n', "not JSON"), (line * 2, "logged twice"), ("", "no metrics"):
         (runs[-1] / "metrics.jsonl").write_text(text)
         assert said in refused(evaluators.main, ["curves", *map(str, runs)])
     assert "given twice" in refused(evaluators.main, ["curves", *map(str, runs[:1] * 2)])
