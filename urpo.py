@@ -56,9 +56,12 @@ from pathlib import Path
 from typing import Callable, Literal
 from unittest.mock import patch  # replaces an attribute for a while, and puts it back for sure
 
-# These two are read when torch is imported. CPU tensors in huge pages: 5 % faster and 15 % less
-# memory. On a GPU, memory segments that can grow: packed rows have many different lengths.
+# These are read when torch is imported. CPU tensors in huge pages: 5 % faster and 15 % less memory.
+# Threads that wait for each other spin so many rounds before they sleep: with libgomp's own 300,000
+# a step took ten times as long beside one other busy process (docs/results.md, A busy machine).
+# On a GPU, memory segments that can grow: packed rows have many different lengths.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 import transformers
@@ -120,7 +123,7 @@ class Config:
     clip_low: float = setting(0.2, "the ratio may fall to 1 - clip_low (PPO)")
     clip_high: float = setting(0.2, "the ratio may rise to 1 + clip_high (DAPO: 0.28)")
     kl_coef: float = setting(0.01, "weight of the KL to the reference; 0: none is loaded")
-    open_kl: float = setting(1.0, "times --kl_coef for open answers, which no truth pays")
+    open_kl: float = setting(5.0, "times --kl_coef for open answers, which no truth pays")
     aggregate: Literal["sequence", "token", "constant"] = setting("sequence", "GRPO, DAPO, Dr.GRPO")
     scale_std: bool = setting(True, "advantages over the group's std; false: as Dr. GRPO")
     mask_truncated: bool = setting(False, "cut completions: in the group's mean, not in the loss")
@@ -574,10 +577,10 @@ def pay_by_referee(groups: list[Group], referee: Actor, config, rng):
     and the ranks that it gives are the rewards. In URPO the referee is the policy itself, with the
     weights that sampled. These judgements have no truth, so they are never trained on.
 
-    What no truth pays can be held nearer to the reference, which answers what it is asked: the KL
-    of these completions counts --open_kl times. After 300 steps two policies of four found the one
-    answer that the referee likes best, and gave it to every instruction. With 5 times the KL the
-    one seed that was tried from the start did not, in 400 steps (docs/results.md)."""
+    What no truth pays is held nearer to the reference, which answers what it is asked: the KL of
+    these completions counts --open_kl times. With the KL of all others, two policies of four found
+    the one answer that the referee likes best, and gave it to every instruction, after 300 steps.
+    With five times as much none of five did in 400 steps (docs/results.md)."""
     list_size = min(config.list_size, JUDGE.most)
     for group in groups:
         texts = [completion.text for completion in group.completions]
