@@ -133,7 +133,8 @@ class Config:
     max_grad_norm: float = setting(1.0, "the gradient norm is clipped here")
     # memory
     microbatch_tokens: int = setting(1024, "tokens in a training forward; longer rows go alone")
-    recompute: Literal["nothing", "cheap", "layers"] = setting("cheap", "in backward: less memory")
+    recompute: Literal["nothing", "cheap", "layers"] = setting(
+        "cheap", "what backward computes again, for less memory; cheap: all but matrix products")
     shard_size: int = setting(0, "ranks that share one copy of the weights (a node's); 0: all")
     # what is written
     eval_every: int = setting(20, "steps between held-out evaluations and samples; 0: none")
@@ -773,6 +774,10 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, clip_lo
 
 
 # ================================================================================ 5 Log-probs
+# What the matrix products of a token cost, in pairs of tokens in attention. A layer of hidden size
+# h has some 12 h^2 weights, two operations each, and a pair takes 4 h: 6 h pairs, that is 3,456 for
+# SmolLM2-135M and 21,504 for Qwen2.5-7B. A number for small models does for all.
+TOKEN_PAIRS = 3000
 HEAD_CHUNK = 512  # completion tokens that meet the lm_head at once: [512, 152k] float32 is 0.3 GB
 
 
@@ -807,17 +812,17 @@ def pack(groups: list[tuple[list[int], list[Completion]]], max_tokens: int) -> l
     """(prompt, completions) of groups -> micro-batches, lists of PackedRow. Completions share a
     row, so that their prompt is computed once. But every token meets the whole row, also the other
     completions, which the mask then hides. For k completions of T tokens behind a prompt of P, one
-    row spares (k - 1) P^2 pairs of tokens in attention and adds k (k - 1) T^2 hidden ones. They
-    balance at k T = sqrt(k) P, which is 1.4 P for two and 2.8 P for eight completions: completions
-    take 2 P of a row at most. Behind a short prompt each of them has a row of its own. A row has at
-    most `max_tokens`; only where a prompt takes more than half of that, the row may be twice as
-    long as the prompt."""
+    row spares the matrix products of (k - 1) P tokens and (k - 1) P^2 pairs in attention, and adds
+    k (k - 1) T^2 hidden pairs. With the products of a token worth TOKEN_PAIRS pairs they balance at
+    k = (TOKEN_PAIRS + P) P / T^2: 16 for P = 90 and T = 128, but 1 for P = 200 and T = 1,000.
+    A row has at most `max_tokens`; only where a prompt takes more than half of that, the row may be
+    twice as long as the prompt."""
     rows = []
     for prompt, completions in groups:
         longest = max(1, *(len(c.ids) for c in completions))
-        row_tokens = max(max_tokens, 2 * len(prompt))
-        room = min(2 * len(prompt), row_tokens - len(prompt))
-        together = max(1, room // longest)
+        worth = (TOKEN_PAIRS + len(prompt)) * len(prompt) // longest**2
+        fitting = (max(max_tokens, 2 * len(prompt)) - len(prompt)) // longest
+        together = max(1, min(worth, fitting))
         for i in range(0, len(completions), together):
             rows.append(PackedRow(prompt, completions[i : i + together]))
     batches: list[list[PackedRow]] = []
@@ -1090,9 +1095,10 @@ def evaluate(policy: Actor, rows: list[dict], config: Config, ranks: "Ranks") ->
             groups.append(preference_group(row, policy.tokenizer, rng, config, turned))
 
     metrics = {}
+    progress = "held out" if ranks.main and BARS else ""
     for suffix, temperature in [("", 1.0), ("_greedy", 0.0)]:
         with ranks.unsharded(policy.model):
-            rollout(policy, groups, 1, temperature, config, "held out" * (ranks.main and BARS))
+            rollout(policy, groups, 1, temperature, config, progress)
         scored = []
         for group in groups:
             prompt = group.row["prompt"][-1]["content"]
