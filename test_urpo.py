@@ -235,7 +235,7 @@ ARCHITECTURES = pytest.mark.parametrize("arch,tied", ARCHITECTURES)
 @ARCHITECTURES
 def test_sampler_and_trainer_agree(arch, tied):
     """Bug: shifted log-probs, other temperatures, orders, limits, settings, weights; NaN; stops."""
-    model, prompts, limits = tiny(arch, tied), prompts_of(3, 70, 6, 2, 11), [5, 9, 5, 40, 9]
+    model, prompts, limits = tiny(arch, tied), prompts_of(3, 70, 6, 2, 6), [5, 9, 5, 40, 5]
     model.generation_config.update(**UNASKED)
     kept, stops = model.generation_config, list(range(0, 97, 12))
     torch.manual_seed(0)
@@ -254,6 +254,34 @@ def test_sampler_and_trainer_agree(arch, tied):
     assert model.generation_config is kept and kept.top_k == 1
     model.get_output_embeddings().weight.data[7] = NAN
     assert re.search("NaN.*weights", refused(urpo.sample, model, prompts, 2, limits, 1.0, [3]))
+
+
+@pytest.mark.parametrize(
+    "device, expected", [("cpu", [[3, 0], [2, 4, 1]]), ("cuda", [[3, 0, 2], [4, 1]])]
+)
+def test_rollout_batches(device, expected):
+    """Bug: short answers wait for long judgements on a CPU; a batch is larger than the cache."""
+    lengths, limits = [40, 10, 30, 50, 20], [64, 16, 16, 64, 16]
+    prompts = prompts_of(*lengths)
+    room = 3 * (50 + 2 * 64)  # three times the longest prompt and its two completions
+    got = urpo.rollout_batches(prompts, 2, limits, room, torch.device(device))
+    assert got == expected
+    for batch in got:
+        longest = max(lengths[i] for i in batch) + 2 * max(limits[i] for i in batch)
+        assert len(batch) * longest <= room
+
+
+def test_prompts_of_one_length_share_a_forward(monkeypatch):
+    """Bug: a forward for each prompt; one for so many that they do not fit into memory."""
+    model, prompts, calls = tiny(), prompts_of(6, 6, 6, 4, seed=2), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(args[0].shape[0]), with_kwargs=True
+    )
+    for tokens, expected in (8192, [3, 1]), (12, [2, 1, 1]):
+        monkeypatch.setattr(urpo, "PREFILL_TOKENS", tokens)
+        calls.clear()
+        urpo.prompt_cache(model, prompts, 2, 4)
+        assert calls == expected
 
 
 @pytest.mark.parametrize("offset", [400, 1000, 2500])

@@ -1754,7 +1754,8 @@ def rollout_batches(prompts: list[list[int]], n: int, limits: list[int], max_tok
     waiting = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i])), reverse=True)
     batches = []
     while waiting:
-        longest = max(len(prompts[i]) for i in waiting) + n * max(limits)  # a prompt and its group
+        # The first that waits has the highest limit. No prompt takes more than this with its group.
+        longest = max(len(prompts[i]) for i in waiting) + n * limits[waiting[0]]
         count = max(1, max_tokens // longest)
         if device.type == "cpu":
             count = min(count, sum(limits[i] == limits[waiting[0]] for i in waiting))
