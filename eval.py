@@ -1032,9 +1032,10 @@ def curves(options: Namespace):
 
 
 def draw(axis, found: dict[int, tuple[float, float]], style: str, color: str, label: str):
-    """A line and its band. Points are marked: a run may have a single one yet."""
+    """A line and its band. A few points are marked: a run may have a single one yet."""
     means, errors = torch.tensor([*found.values()]).reshape(-1, 2).T
-    axis.plot([*found], means, style, marker=".", markersize=4, color=color, label=label)
+    marker = "." if len(found) <= 30 else ""
+    axis.plot([*found], means, style, marker=marker, color=color, label=label)
     axis.fill_between([*found], means - errors, means + errors, alpha=0.15, color=color)
 
 
