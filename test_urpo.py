@@ -1309,15 +1309,15 @@ def test_doctests(module):
 # fmt: off
 SAME = [  # answer, another spelling of it in a box
     ("42", "42.0"), (r"\frac{1}{2}", r"\dfrac12"), ("1250", "1,250"), ("10000", r"10,\!000"),
-    ("1/3", "0.333333"), (r"1\frac{1}{2}", r"\frac{3}{2}"), ("0.00001", "10^{-5}"), ("7", "+7"),
+    ("1/3", "0.333333"), (r"1\frac{1}{2}", r"\frac{3}{2}"), ("x≤4", r"x \leq 4"), ("7", "+7"),
     ("0.5", r"50\%"), (r"25\%", "25 percent"), ("96", r"48 \times 2 = 96"), ("(1,2)", "( 1, 2 )"),
     ("x^2+1", "x^{2}+1"), ("90", r"90^\circ"), (r"5\text{ cm}", "5"), ("C", r"\textbf{(C)}"),
     ("18", r"18 \text{ dollars}"), (r"a\}b", r"a\}b"), ("300000", r"x = 3 \times 10^{5}"),
-    ("3e+05", "300000"), ("6.02e23", "6.02 × 10²³"), ("-5", r"-\$5"), ("-5", "(–5)"),
-    ("-0.5", r"- \frac{1}{2}"), ("9500", "9~500"), ("150000", "1,50,000"), ("9500", "9'500"),
+    ("3e+05", "300000"), ("6.02e23", "6.02 × 10^{23}"), ("-5", r"-\$5"), ("-5", "(–5)"),
+    ("-0.5", r"- \frac{1}{2}"), ("9500", "9~500"), (r"\{2,5\}", "2 and 5"), ("3e6", "3 million"),
     ("60%", r"\frac{3}{5}"), ("x = 12", "x = 12.0"), ("AB = 5", "5"), ("5", "f(x) = 5"),
-    ("a_1 = 3", r"a_{1} = \frac62 = 3"), ("C", r"\text{\textbf{C}}"), ("42", r"{\bf 42}"),
-    ("2 1/4", "2¼"), ("7", "７"), (r"\\frac{3}{4}", "0.75"), ("$5", "5 dollars"), ("22", "22nd"),
+    ("a_1 = 3", r"a_{1} = \frac62 = 3"), ("C", r"\text{\textbf{C}}"), ("5", "5 hr"),
+    ("2 1/4", "2¼"), ("17/3", "5 and 2/3"), ("$5", "5 dollars"), ("22", "22nd"),
     ("42", "42 km/h"), ("B", "(B) cork"), (r"3\sqrt{2}", "3√2"), ("2, 5", r"2}$ and $\boxed{5")]
 OTHER = [  # answer, what is not surely the same, or not worked out
     ("18", "-18"), ("50", "0.5"), ("1/3", "0.33"), ("12345", "12, 345"), ("12", "1 2"), ("A", "a"),
@@ -1326,10 +1326,11 @@ OTHER = [  # answer, what is not surely the same, or not worked out
     ("3", "3 millions"), ("5", "5 dozens"), ("42", "٤٢"), ("2516_8", "2516"), ("$5", r"5\%"),
     (r"A\rightarrow B", r"A\leftarrow B"), ("12345.6789", "12345.67"), ("1234567/2", "617283"),
     ("$5", "5 cents"), ("20 dollars", "€20"), ("4", "4 gross"), ("3", "log x = 3"), ("2", "2, 5"),
-    ("3", r"\ln x = 3"), ("6", "2x = 6"), ("x = 3", "y = 3"), ("72", "7²"), ("B", "B or C")]
+    ("3", r"\ln x = 3"), ("6", "2x = 6"), ("x = 3", "y = 3"), ("72", "7²"), ("B", "B or C"),
+    ("1250", r"\{1,250\}")]
 SAYS_24 = [
-    "#### 24 apples\nof 48", "#### Step 3: add\nso 24.", r"<think>\boxed{17}</think> so \boxed{24}",
-    "\\[\n24\n\\]", "costs $24.00!", r"so \(x = 24\)", r"\fbox{24} of 50", r"\boxed 24 of 50",
+    "#### 24 apples", "#### Step 3: add\nso 24.", r"<think>\boxed{17}</think> so \boxed{24}",
+    "\\[\n24\n\\]", "costs $24.00.", r"so \(x = 24\)", r"\fbox{24} of 50", r"\boxed 24 of 50",
     "12 * 2 = 24 of them.", r"\boxed{24} is right; the tag </think> closes a thought",
     "<answer> 24 </answer>", r"[THINK]\boxed{9}[/THINK] **24**", r"\boxed{2}. No, \boxed{24}"]
 SAYS_NOT_24 = [
@@ -1338,11 +1339,12 @@ SAYS_NOT_24 = [
     r"<think>so \boxed{24}</think>", "x is –24", r"a loss of -\$24", "minus 24", r"24 \pi", "24π",
     "- \\frac{24}{1}", "3 + 24i", "x - 24", "24 × 10^5", "5 × 10^24", "7 24/25", "1 024", "1'024",
     "1{,}024", "24 + x", "24 dozen", "log x = 24", "2x = 24", "x > 24", "2 or 24", "$2, 24$",
-    "10-24", r"\sqrt 24", "24 squared", "$24{,}500", "24! ways", "1, 2, and 24"]
+    "10-24", r"\sqrt 24", "24 squared", "$24{,}500", "24! ways", "1, 2, and 24",
+    "are 2, 24", "25 (not 24)", r"\boxed 7 of 24"]
 THOUGHTS = [  # what a model says, its answer
     ("<think>a</think>b", "b"), ("a</think>b", "b"), ("<think>a </think> b", " b"),
     ("<think>a</think>\n", ""), ("\n<think>\n\n</think>\n\nb", "\n\nb"), ("b<Think>a", ""),
-    ("<think>a", ""), ("<thought>a</thought>b", "b"), ("<think>a [THINK] </thought> b", ""),
+    ("<think>a", ""), ("<thought>a</thought>b", "b"),
     *((text, text) for text in (
         "a", "The tag </think> ends it.", "It is `<think>a</think>`.", 'Write "</think>" so.'))]
 UNITS_OF_TEXT = [
@@ -1358,7 +1360,8 @@ FORMULAS = [  # completion, answer, verdict of math_verify
     (r"\boxed{2}. Wait, \boxed{3}", "3", 1), (r"in \boxed{}: \boxed{\sqrt{12}}", r"2\sqrt3", 1),
     *((rf"\boxed{{{claim}}}", gold, 0) for claim, gold in (
         ("seat", "east"), ("A, C, B", "A, B, C"), ("r-R", "R-r"), ("0.1", "3:30"), ("6ab", "6"),
-        (r"\{1,2\}", "(1,2)"), (r"(\frac{90}{2}, 180)", "(45,180)"), (r"\delta x", r"\Delta x"),
+        (r"\{2,1\}", "(2,1)"), (r"(\frac{90}{2}, 180)", "(45,180)"),
+        ("(40+5, 180)", "(45,180)"), (r"x = \sqrt{12}", r"y = 2\sqrt3"), (r"\delta x", r"\Delta x"),
         ("x^2 = 3", "3"), ("3_8", "3"), (r"\sqrt2\text{ km}", r"\sqrt2\text{ m}"), ("x > 3", "3"))),
     *((rf"\boxed{{{claim}}}", gold, 1) for claim, gold in (
         (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt2}{2}"), ("C.", "C"), ("2x+1", "y = 1+2x"),
