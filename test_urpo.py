@@ -1057,7 +1057,7 @@ def test_a_run(settings, monkeypatch, tmp_path, capsys, recwarn):
     final = urpo.train(settings(**flags))
     run, said, lines = final.parent, capsys.readouterr().out, lines_of(final.parent)
     assert re.findall(r"step (\d): reward", said) == ["1", "6"]
-    assert re.search(r"\nheld out +step 0 +step 6 +n +trivial\n", said)
+    assert re.search(r"\nheld out +step 0 +step 6 +n\n", said)
     line = r"\nreferee_accuracy +0\.\d+ ± 0\.\d+ +0\.\d+ ± 0\.\d+ +24 +0\.\d+\n"
     assert len(re.findall(line, said)) == 1
     assert not any("torch.distributed" in str(warning.message) for warning in recwarn)
@@ -1542,7 +1542,7 @@ QUALITIES = {  # answers to a question for the capitals of Peru and Turkey
     "Peru Lima Peru Lima": 0.5, "Peru Lima Turkey Ankara Cuba Havana Kenya Nairobi": 0.5,
     "Lima Ankara": 0, "": 0}
 BROKEN = [
-    ("x.jsonl", None), ("x.csv", None), ("owner/unknown", None), ("sums", None), ("", None),
+    ("x.jsonl", None), ("x.csv", None), ("owner/unknown", None), ("", None),
     ("x.parquet", b"PAR1 no"), ("x.json", b"[1,"), ("x.jsonl", b""), ("x.jsonl.gz", b"no"),
     ("x.csv", b"problem,answer,answer\nQ,4,5\n"),  # two columns of one name
     ("x.json", b'[{"problem": "Q", "answer": "4", "answer": "5"}]'),
@@ -1711,22 +1711,6 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
     assert peak < 3e6, f"{peak / 1e6:.1f} MB"
 
 
-def test_sums_are_right():
-    """Bug: a wrong answer key, or scores that do not follow from working and box."""
-    rows = data_prep.sums(300, random.Random(0))
-    assert len({words_of(row) for row in rows}) == len(rows) == 300 + 150
-    written = re.compile(r"\d+ [-+*] \d+")
-    for row in rows:
-        [problem] = written.findall(words_of(row))
-        if row["kind"] == "verifiable":
-            assert int(row["answer"]) == eval(problem) >= 0
-        for text, score in zip(row.get("responses", ()), row.get("scores", ())):
-            [terms] = written.findall(text)
-            work, box = map(int, re.findall(r"\d+", text)[2:])
-            grade = 1.0 if work == box == eval(terms) else 0.6 if work == eval(terms) else 0.3
-            assert score == (grade if terms == problem else 0.0), text
-
-
 def test_tiny_world(tmp_path, monkeypatch):
     """Bug: famous cities, padding, countries not asked for are paid; held-out rows are trained on;
     preference rows tell what only verdicts shall tell; a trivial strategy gets much."""
@@ -1744,13 +1728,13 @@ def test_tiny_world(tmp_path, monkeypatch):
             right = [data_prep.CAPITALS[a] == b for a, b in zip(words[5::2], words[6::2])]
             assert len(right) == 5 and sum(right) == int(row["answer"])
         elif row["kind"] == "preference" and "train" in row["line"]:
-            assert not set(words) & set(data_prep.FAMOUS)
+            assert not set(words) & set(pretrain_tiny.FAMOUS)
 
-    scores = data_prep.trivial_scores(held)
+    scores = pretrain_tiny.trivial_scores(held)
     assert scores["verifiable_accuracy"] == pytest.approx(1 / 6)
     assert 0.5 <= scores["referee_accuracy"] < 0.62 and scores["true_quality"] < 0.6
     pair = dict(kind="preference", prompt="x", responses=["aaa", "b", "cc"], scores=[3, 2, 2])
-    scores = data_prep.trivial_scores([pair, dict(pair, responses=["aaa", "b", "cccc"])])
+    scores = pretrain_tiny.trivial_scores([pair, dict(pair, responses=["aaa", "b", "cccc"])])
     assert scores == {"referee_accuracy": 0.75, "referee_tau": 0.5, "parse_rate": 1}
 
 

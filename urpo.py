@@ -82,7 +82,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from data_prep import LABELS, TRUE_QUALITY, VERIFIERS, BadInput, apply_template, batch_rows
 from data_prep import break_apart, clean_turns, delimiters, forged_parts, held_out_table, hidden_ids
 from data_prep import in_one_line, load_config, load_tokenizer, mean_and_error, mix_counts
-from data_prep import rows_by_kind, trivial_scores, without_thoughts
+from data_prep import rows_by_kind, without_thoughts
 from data_prep import verify_answer  # noqa: F401  (it belongs to what this file offers)
 
 
@@ -1552,12 +1552,12 @@ class Log:
             asked, c = group.row["prompt"][-1]["content"], group.completions[-1]
             self.say(f"  {kind:<10} {c.reward:+.2f} | {asked[-50:]!r} -> {c.text[-90:]!r}")
 
-    def summary(self, held_out: list[dict]):
-        """The held-out scores before and after, and what the best trivial strategy gets."""
+    def summary(self):
+        """The held-out scores before and after."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         evals = [m for m in map(json.loads, lines) if "loss" not in m]
         if evals:  # none, if a finished run was resumed
-            self.say("\n".join(held_out_table(evals[0], evals[-1], trivial_scores(held_out))))
+            self.say("\n".join(held_out_table(evals[0], evals[-1])))
 
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # kill, Ctrl-C, a terminal that closes
@@ -1639,7 +1639,7 @@ def train(config: Config) -> Path:
 
     export(policy, folder / "final", ranks)
     if held_out and ranks.main:
-        log.summary(held_out)
+        log.summary()
     log.say(f"the model is in {folder / 'final'}")
     return folder / "final"
 
