@@ -190,11 +190,10 @@ def one_step(settings, monkeypatch):
 
     def run(rows=ROWS[:3], rewards=None, step=1, rank=0, sgd=False, **flags):
         run = SimpleNamespace(config=settings(**flags), sample=[], row_logprobs=[], grpo_loss=[])
-        run.ranks, name, reference = urpo.Ranks(run.config), run.config.model, None
+        run.ranks, name = urpo.Ranks(run.config), run.config.model
         run.ranks.rank = rank
         run.policy = policy = urpo.load_actor(name, run.config, run.ranks, trainable=True)
-        if run.config.kl_coef:
-            reference = run.ranks.load(name, run.config, trainable=False)
+        reference = run.ranks.load(name, run.config, trainable=False)
         optimizer = torch.optim.SGD if sgd else torch.optim.AdamW
         optimizer = optimizer(policy.model.parameters(), lr=run.config.learning_rate)
         run.before = weights(policy.model)
@@ -214,7 +213,7 @@ def one_step(settings, monkeypatch):
             actors = policy, policy, reference, optimizer
             run.groups, run.sums = urpo.urpo_step(*actors, rows, step, run.config, run.ranks)
         run.after = weights(policy.model)
-        run.completions = [c for group in run.groups for c in group.completions]
+        run.completions = urpo.completions_of(run.groups)
         run.trained = [call for call in run.row_logprobs if call.grad]
         run.reached = [c for call in run.trained for c in urpo.completions_of(call.args[1])]
         return run
@@ -456,16 +455,9 @@ def test_probe_of_packed_rows(monkeypatch):
     that see each other pass."""
     models = [tiny(arch, scale=s) for s in (1, 4) for arch in ("Qwen2", "Llama", "GPT2")]
     models += [tiny(arch, scale=s).bfloat16() for s in (1, 4) for arch in ("Llama", "GPT2")]
-    rough = tiny("Llama", scale=30, num_hidden_layers=8).bfloat16()
-
-    def choices():
-        yield from models
-        for _ in range(30):  # of ids, for the probe's stay where they are
-            for table in (rough.get_input_embeddings(), rough.get_output_embeddings()):
-                table.weight.data = table.weight.roll(3, 0)
-            yield rough
-
-    for model in choices():
+    for seed in range(30):  # other weights at the ids of the probe
+        models.append(tiny("Llama", seed=seed, scale=30, num_hidden_layers=8).bfloat16())
+    for model in models:
         urpo.check_packing(model)
     real = urpo.packed_inputs
 
@@ -474,7 +466,7 @@ def test_probe_of_packed_rows(monkeypatch):
         return ids, positions, torch.ones_like(mask).tril(), *rest
 
     monkeypatch.setattr(urpo, "packed_inputs", causal)
-    for model in choices():
+    for model in models:
         assert re.search("(qwen2|llama|gpt2).*nats", refused(urpo.check_packing, model))
 
 
@@ -608,22 +600,6 @@ def test_step_does_not_depend_on_micro_batches(one_step, aggregate):
             gain += c.advantage * (logprobs.mean() if aggregate == "sequence" else logprobs.sum())
     up = gradient(model, gain / expected)
     assert (change / change.norm() - up / up.norm()).norm() < 1e-3
-
-
-@AGGREGATES
-@pytest.mark.parametrize("updates", [1, 2])
-def test_what_is_rewarded_gets_likelier(one_step, aggregate, updates):
-    """Bug: a sign, in an advantage or a loss: what is punished is learned."""
-    best = lambda group: [float(i == 2) for i in range(len(group.completions))]  # noqa: E731
-    flags = dict(aggregate=aggregate, updates_per_rollout=updates, kl_coef=0, learning_rate=0.1)
-    run = one_step(rewards=best, sgd=True, **flags)
-    models = AutoModelForCausalLM.from_pretrained(run.config.model), run.policy.model
-    for group in run.groups:
-        gains = []
-        for c in group.completions:
-            before, after = (plain_logprobs(m, group.prompt_ids, c.ids).sum() for m in models)
-            gains.append((after - before).item())
-        assert gains[2] > 0 and gains[2] == max(gains)
 
 
 def test_updates(one_step):
@@ -787,8 +763,7 @@ def by_text(group, greedy):
 @pytest.mark.parametrize("evil", EVIL)
 def test_data_are_data(tokenizer, evil):
     """Bug: a fake block, delimiter, special or role token or braces in data; a second BOS."""
-    roles = [tokenizers.AddedToken(token, special=False) for token in ("<｜User｜>", "<think>")]
-    tokenizer.add_tokens([*roles, tokenizers.AddedToken("<｜Assistant｜>", special=False)])
+    tokenizer.add_tokens(["<｜User｜>", "<think>", "<｜Assistant｜>"])
     template = TEMPLATE.replace("}{{ m", "}<｜User｜>{{ m")
     tokenizer.chat_template = f"{template}<｜Assistant｜><think>"
     control = {1, 2, 3, 4, 97, 98, 99}  # (<unk> is any word that the vocabulary lacks)
@@ -1752,8 +1727,7 @@ def test_warm_up_teaches_the_form_alone(tmp_path, monkeypatch):
         return actor
 
     monkeypatch.setattr(urpo, "load_actor", load_actor)
-    model = Path(data_prep.__file__).parent / "assets/tiny"
-    warm_up.warm_up(str(model), tmp_path / "warm", [path], seed=0, steps=1)
+    warm_up.warm_up(urpo.TINY, tmp_path / "warm", [path], seed=0, steps=1)
     targets = [labels[labels != -100].tolist() for _, labels in seen if labels is not None]
     actor = seen[0][0]
     assert {target[-1] for target in targets} == {actor.tokenizer.eos_token_id}
@@ -1765,21 +1739,16 @@ def test_warm_up_teaches_the_form_alone(tmp_path, monkeypatch):
 
 
 def job_warm_up(out, path):
-    model = Path(data_prep.__file__).parent / "assets/tiny"
-    warm_up.warm_up(str(model), out, [path], seed=0, steps=1)
+    torch.cuda.is_available = lambda: False  # in this rank alone
+    warm_up.warm_up(urpo.TINY, out, [path], seed=0, steps=1)
 
 
-def test_warm_up_of_shards(tmp_path, monkeypatch):
+def test_warm_up_of_shards(tmp_path):
     """Bug: on a GPU, where models are sharded, the warm-up fails when it samples or saves."""
     preference = row_of("preference", "a", responses=["It is 1", "2"], scores=[9, 1])
     path = write_rows(tmp_path / "x.jsonl", [preference, row_of("verifiable", "Count", answer="1")])
     on_ranks(1, job_warm_up, tmp_path / "plain", path)
-    torchrun = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    for name, value in (torchrun | dict(MASTER_PORT="0")).items():  # one process of torchrun
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    job_warm_up(tmp_path / "shards", path)
-    torch.distributed.destroy_process_group()
+    on_ranks(1, job_warm_up, tmp_path / "shards", path, torchrun=True)
     plain, shards = (load_file(tmp_path / f"{n}/model.safetensors") for n in ("plain", "shards"))
     assert plain.keys() == shards.keys()
     assert all(torch.allclose(plain[key], shards[key], atol=1e-5) for key in plain)
@@ -2404,15 +2373,16 @@ def rank_main(answer, job, args, threads, environment):
     os._exit(ended[0] != "value")  # destructors of gloo may wait for ranks that are gone
 
 
-def start(world, job, *args, threads=1):
-    """-> the processes of the ranks; their names are the files of their answers."""
+def start(world, job, *args, threads=1, torchrun=False):
+    """-> the processes of the ranks; their names are the files of their answers. A rank that is
+    alone is sharded only if it is told of torchrun."""
     ranks, folder = [], tempfile.mkdtemp()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     for rank in range(world):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        name, environment = f"{folder}/{rank}", meeting | place if world > 1 else {}
+        name, environment = f"{folder}/{rank}", meeting | place if world > 1 or torchrun else {}
         task = (name, job, args, threads, environment)
         ranks.append(SERVER.Process(target=rank_main, args=task, name=name, daemon=True))
         ranks[-1].start()
@@ -2486,8 +2456,9 @@ def config(settings):
     return settings(mix=mix(3, 3, 3), microbatch_tokens=64, max_new_tokens=12, save_every=2)
 
 
-def job_steps(config):
-    """Three optimizer steps -> the first gradient, and the parameters before and after."""
+def job_steps(config, spoiled=False):
+    """Four steps -> the first gradient; the weights before and after each step; which steps were
+    skipped. If they are spoiled, the last rank's loss is NaN in step 2 and infinite in step 3."""
     fix_completions()
     rows, gradients, ranks = load_rows(config.data), [], urpo.Ranks(config)
     for i, row in enumerate(rows):
@@ -2497,16 +2468,27 @@ def job_steps(config):
     weights = list(policy.model.parameters())
     with torch.no_grad():  # another model than the reference: the KL term has a gradient
         torch._foreach_mul_(weights, 1.1)
-    before, optimizer = whole(weights), torch.optim.AdamW(weights, lr=1e-3)
+    optimizer = torch.optim.AdamW(weights, lr=1e-3)
     optimizer.register_step_pre_hook(lambda *_: gradients.append(whole(w.grad for w in weights)))
-    actors = policy, policy, reference, optimizer
-    for step in (1, 2, 3):
-        urpo.urpo_step(*actors, rows[9 * step - 9 : 9 * step], step, config, ranks)
+    actors, real = (policy, policy, reference, optimizer), urpo.batch_loss
+
+    def batch_loss(*args):
+        loss, metrics = real(*args)
+        if spoiled and step in (2, 3) and ranks.rank == ranks.world - 1:
+            loss, metrics["loss"] = loss * math.nan if step == 2 else loss, math.inf
+        return loss, metrics
+
+    urpo.batch_loss = batch_loss
+    seen, skipped = [whole(weights)], []
+    for step in (1, 2, 3, 4):
+        _, sums = urpo.urpo_step(*actors, rows[9 * step - 9 : 9 * step], step, config, ranks)
+        seen.append(whole(weights))
+        skipped.append(sums["skipped"])
     if ranks.world > 1:
         models, left = (policy.model, reference), reference._get_fsdp_state()._comm_ctx
         assert all(isinstance(p, DTensor) for model in models for p in model.parameters())
         assert len(left.post_forward_order) <= 3  # two layers and the root, once
-    return gradients[0], before, whole(weights)
+    return gradients[0], seen, skipped
 
 
 @pytest.mark.parametrize("aggregate", ["constant", "sequence", "token"])
@@ -2517,41 +2499,21 @@ def test_one_two_and_four_ranks_agree(config, tmp_path, aggregate):
     config.model = save(tmp_path / "model", arch, scale=1.5, tied=aggregate == "token")
     if aggregate == "token":
         config.kl_coef, config.updates_per_rollout, config.recompute = 0.1, 2, "layers"
-    [(gradient, before, after)] = on_ranks(1, job_steps, config)
+    [(gradient, (before, *_, after), _)] = on_ranks(1, job_steps, config)
     change = (after - before).norm()
     for world, config.shard_size in [(2, 0), (4, 0 if aggregate == "constant" else 2)]:
         got = on_ranks(world, job_steps, config)[-1]
         assert (got[0] - gradient).norm() < 1e-4 * gradient.norm()
-        assert (got[2] - after).norm() < 1e-4 * change and change > 0.01
-
-
-def job_spoiled(config):
-    """The last rank's loss is NaN in step 2, infinite in 3 -> (skipped, weights changed) of all."""
-    fix_completions()
-    ranks, rows, real, results = urpo.Ranks(config), load_rows(config.data), urpo.batch_loss, []
-    policy = urpo.load_actor(config.model, config, ranks, trainable=True)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
-
-    def batch_loss(*args):
-        loss, metrics = real(*args)
-        if step in (2, 3) and ranks.rank == ranks.world - 1:
-            loss, metrics["loss"] = loss * math.nan if step == 2 else loss, math.inf
-        return loss, metrics
-
-    urpo.batch_loss = batch_loss
-    for step in (1, 2, 3, 4):
-        before = whole(policy.model.parameters())
-        _, sums = urpo.urpo_step(policy, policy, None, optimizer, rows[:9], step, config, ranks)
-        after = whole(policy.model.parameters())
-        results.append((sums["skipped"], not torch.equal(before, after)))
-    return results
+        assert (got[1][-1] - after).norm() < 1e-4 * change and change > 0.01
 
 
 def test_ranks_skip_together(config):
     """NaN on one rank spoils the weights, or the others do not skip and drift apart; a loss that is
     infinite counts."""
     config.kl_coef = 0.0
-    assert on_ranks(2, job_spoiled, config) == [[(0, True), (1, False), (1, False), (0, True)]] * 2
+    for _, seen, skipped in on_ranks(2, job_steps, config, True):
+        assert skipped == [0, 1, 1, 0]
+        assert list(map(torch.equal, seen, seen[1:])) == [False, True, True, False]
 
 
 # ------------------------------------------------------------------------ checkpoints, and the end
