@@ -153,7 +153,7 @@ HUB = dict(data="data/train.jsonl", eval_data="data/heldout.jsonl", verifier="ma
            microbatch_tokens=16384, recompute="layers")
 TINY = str(Path(__file__).resolve().parent / "assets/tiny")
 PRESETS = {
-    # Two cores, four to six minutes. A mean over tokens measured a little better here than one over
+    # Two cores, two to four minutes. A mean over tokens measured a little better here than one over
     # sequences (docs/results.md).
     "tiny": dict(model=TINY, data=f"{TINY}/train.jsonl.gz", eval_data=f"{TINY}/heldout.jsonl.gz",
                  steps=100, mix="verifiable=28,preference=8,open=16", learning_rate=4e-4,
