@@ -1510,7 +1510,7 @@ QUALITIES = {  # answers to a question for the capitals of Peru and Turkey
     "Peru Lima Peru Lima": 0.5, "Peru Lima Turkey Ankara Cuba Havana Kenya Nairobi": 0.5,
     "Lima Ankara": 0, "": 0}
 BROKEN = [
-    ("x.jsonl", None), ("x.csv", None), ("owner/unknown", None), ("sums", None), ("", None),
+    ("x.jsonl", None), ("x.csv", None), ("owner/unknown", None), ("", None),
     ("x.parquet", b"PAR1 no"), ("x.json", b"[1,"), ("x.jsonl", b""), ("x.jsonl.gz", b"no"),
     ("x.csv", b"problem,answer,answer\nQ,4,5\n"),  # two columns of one name
     ("x.json", b'[{"problem": "Q", "answer": "4", "answer": "5"}]'),
@@ -1677,22 +1677,6 @@ def test_memory_does_not_grow_with_the_texts(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3e6, f"{peak / 1e6:.1f} MB"
-
-
-def test_sums_are_right():
-    """Bug: a wrong answer key, or scores that do not follow from working and box."""
-    rows = data_prep.sums(300, random.Random(0))
-    assert len({words_of(row) for row in rows}) == len(rows) == 300 + 150
-    written = re.compile(r"\d+ [-+*] \d+")
-    for row in rows:
-        [problem] = written.findall(words_of(row))
-        if row["kind"] == "verifiable":
-            assert int(row["answer"]) == eval(problem) >= 0
-        for text, score in zip(row.get("responses", ()), row.get("scores", ())):
-            [terms] = written.findall(text)
-            work, box = map(int, re.findall(r"\d+", text)[2:])
-            grade = 1.0 if work == box == eval(terms) else 0.6 if work == eval(terms) else 0.3
-            assert score == (grade if terms == problem else 0.0), text
 
 
 def test_tiny_world(tmp_path, monkeypatch):
