@@ -295,7 +295,7 @@ def prompts_of(model: str, items: list, make, limit: int, what: str) -> list:
 def read_rows(source: str, *columns: str) -> list:
     """Raw rows of a file or Hub set, with strings in these columns, numbers as `preference`. What
     reads the file (data_prep.load) has put half surrogates where its bytes are no text."""
-    rows = list(data_prep.load(data_prep.parse_source(source)))
+    rows = list(data_prep.load(data_prep.parse_source(source), random.Random(0)))
     for i, row in enumerate(rows, 1):
         if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
             raise BadInput(f"{source}: row {i}: half a surrogate pair, which no tokenizer takes")
